@@ -1,0 +1,117 @@
+"""Pretrain a ViT by masked image modelling: MILAN with --use_clip --change_decoder --attn_mask, MAE without."""
+
+import datetime
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+
+from engine_pretrain import train_one_epoch
+from models_milan import MODELS
+from util import misc
+from util.arguments import Parser, add_common_arguments, bounded, setup
+from util.datasets import build_pretrain_loader
+from util.errors import UserError
+from util.teacher import build_teacher
+
+
+def get_args_parser():
+    parser = Parser('main_pretrain.py', description=__doc__)
+    group = parser.add_argument_group('model and method')
+    group.add_argument('--model', default='mae_vit_large_patch16', choices=MODELS, metavar='NAME', help=', '.join(MODELS))
+    group.add_argument('--input_size', default=224, type=bounded(int, 1), help='pixels along a side')
+    group.add_argument('--mask_ratio', default=0.75, type=bounded(float, 0, 1, open_high=True), help='share of patches hidden')
+    group.add_argument('--norm_pix_loss', action='store_true', help='normalise the pixels of each target patch')
+    group.add_argument('--use_clip', action='store_true', help="predict the teacher's features instead of pixels")
+    group.add_argument('--change_decoder', action='store_true', help="the prompting decoder instead of MAE's")
+    group.add_argument('--attn_mask', action='store_true', help="semantic aware masking by the teacher's attention")
+    group.add_argument('--clip_path', default='ViT-B/16', metavar='FILE|NAME', help='the teacher: a CLIP file or a name')
+    group.add_argument('--teacher_norm', default='imagenet', choices=['imagenet', 'own'],
+                       help="mean and deviation of the teacher's input: the student's, as published, or CLIP's own")
+    group.add_argument('--average_targets', default=1, type=bounded(int, 1), metavar='K',
+                       help="target: mean over the teacher's last K blocks")
+    add_common_arguments(parser, epochs=400, warmup_epochs=40)
+    return parser
+
+
+def check(args):
+    """Combinations of flags that cannot work."""
+    if args.attn_mask and not args.use_clip:
+        raise UserError('--attn_mask needs the teacher that --use_clip brings; give both or neither')
+
+
+def build_model(args, teacher):
+    """The model of the flags, as large as the images and as wide as the teacher's features; checks that all of it fits."""
+    try:
+        model = MODELS[args.model](
+            img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=args.use_clip, attn_mask=args.attn_mask,
+            change_decoder=args.change_decoder, target_dim=teacher.dim if teacher else None)
+    except ValueError as e:
+        raise UserError(f'--model {args.model} --input_size {args.input_size}: {e}') from e
+    grid = model.patch_embed.grid_size[0]
+    visible = int(grid * grid * (1 - args.mask_ratio))
+    if teacher and teacher.grid_size != grid:
+        raise UserError(f'the teacher {args.clip_path} has {teacher.grid_size}x{teacher.grid_size} patches and {args.model} at '
+                        f'--input_size {args.input_size} has {grid}x{grid}; take a teacher of the same patch size')
+    if visible == 0 or (visible == grid * grid and not args.use_clip):
+        raise UserError(f'--mask_ratio {args.mask_ratio} leaves {visible} of {grid * grid} patches visible; '
+                        'there is nothing to learn from')
+    return model
+
+
+def main(args):
+    check(args)
+    device = setup(args)
+
+    # data
+    data_loader = build_pretrain_loader(args)
+    print(f'{len(data_loader.loader.dataset)} images in {args.data_path}, {len(data_loader)} steps an epoch')
+
+    # model
+    teacher = build_teacher(args, device) if args.use_clip else None
+    model_without_ddp = build_model(args, teacher).to(device)
+    parameters = sum(p.numel() for p in model_without_ddp.parameters())
+    print(f'{args.model}, {parameters / 1e6:.1f} M parameters')
+    model = model_without_ddp
+    if args.distributed:
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+
+    # optimiser
+    param_groups = param_groups_weight_decay(model_without_ddp, args.weight_decay)
+    optimizer = torch.optim.AdamW(param_groups, lr=args.lr, betas=(0.9, 0.95))
+    loss_scaler = misc.NativeScalerWithGradNormCount(enabled=args.amp == 'fp16', device=device)
+    misc.load_model(args, model_without_ddp, optimizer, loss_scaler)
+    if args.start_epoch >= args.epochs:
+        print(f'Nothing to do: all of --epochs {args.epochs} are done')
+        return
+
+    # loop
+    log_writer = None
+    if misc.is_main_process():
+        if args.output_dir:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        if args.log_dir:
+            log_writer = SummaryWriter(log_dir=args.log_dir)
+    start = time.time()
+    for epoch in range(args.start_epoch, args.epochs):
+        data_loader.set_epoch(epoch)
+        train_stats = train_one_epoch(
+            model, data_loader, optimizer, device, epoch, loss_scaler, log_writer=log_writer, args=args, teacher=teacher)
+        if args.output_dir and (epoch % 20 == 0 or epoch + 1 == args.epochs):
+            misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
+        if misc.is_main_process():
+            if log_writer is not None:
+                log_writer.flush()
+            if args.output_dir:
+                with open(os.path.join(args.output_dir, 'log.txt'), 'a', encoding='utf-8') as f:
+                    f.write(json.dumps({**{f'train_{k}': v for k, v in train_stats.items()}, 'epoch': epoch}) + '\n')
+    print(f'Training time {datetime.timedelta(seconds=int(time.time() - start))}')
+
+
+if __name__ == '__main__':
+    misc.run(main, get_args_parser().parse_args())

@@ -1,0 +1,118 @@
+"""What the scripts' command lines have in common."""
+
+import argparse
+import os
+import sys
+
+import torch
+
+from util import misc
+from util.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f'error: {message} (--help lists the flags)\n')
+
+
+class _Device(argparse.Action):
+    """--device, remembering that it was asked for: only the default gives way to the CPU where there is no CUDA."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.device = values
+        namespace.device_given = True
+
+
+def bounded(kind, low=None, high=None, open_high=False):
+    """An argparse type: ``kind`` within [low, high], or [low, high) with ``open_high``."""
+    def convert(text):
+        value = kind(text)
+        inside = (low is None or value >= low) and (high is None or (value < high if open_high else value <= high))
+        if not inside:
+            low_text, high_text = ('-inf' if low is None else low), ('inf' if high is None else high)
+            raise argparse.ArgumentTypeError(f'{text} is outside [{low_text}, {high_text}{")" if open_high else "]"}')
+        return value
+    convert.__name__ = kind.__name__  # argparse names the type in its message for text that is no number
+    return convert
+
+
+def add_common_arguments(parser, **defaults):
+    """The flags of all scripts; a script's own defaults by name."""
+    group = parser.add_argument_group('training')
+    group.add_argument('--batch_size', default=64, type=bounded(int, 1),
+                       help='images a process and step; the effective batch is batch_size * accum_iter * processes')
+    group.add_argument('--epochs', type=bounded(int, 1))
+    group.add_argument('--accum_iter', default=1, type=bounded(int, 1),
+                       help='steps whose gradients are accumulated before the weights are updated')
+    group.add_argument('--amp', default='auto', choices=['auto', 'fp32', 'bf16', 'fp16'],
+                       help='precision of the forward pass; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on CPU')
+    group.add_argument('--seed', default=0, type=int)
+    group.add_argument('--device', default='cuda', action=_Device, help='cuda or cpu; where there is no CUDA the default is cpu')
+
+    group = parser.add_argument_group('optimiser')
+    group.add_argument('--weight_decay', type=bounded(float, 0), default=0.05)
+    group.add_argument('--lr', type=bounded(float, 0), default=None, metavar='LR', help='absolute learning rate')
+    group.add_argument('--blr', type=bounded(float, 0), default=1e-3, metavar='LR',
+                       help='base learning rate: lr = blr * effective batch / 256')
+    group.add_argument('--min_lr', type=bounded(float, 0), default=0.0, metavar='LR', help='the rate the schedule ends at')
+    group.add_argument('--warmup_epochs', type=bounded(int, 0), metavar='N', help='epochs of linear warm-up')
+
+    group = parser.add_argument_group('data and output')
+    group.add_argument('--data_path', metavar='DIR',
+                       help='folder with train/ and val/, a folder a class in each')
+    group.add_argument('--num_workers', default=16, type=bounded(int, 0), help='loader processes a training process')
+    group.add_argument('--pin_mem', action='store_true', help='page-locked memory for faster copies to the GPU (the default)')
+    group.add_argument('--no_pin_mem', action='store_false', dest='pin_mem')
+    group.add_argument('--max_bad_images', default=100, type=bounded(int, 0), metavar='N',
+                       help='unreadable image files that a process passes over before the run stops')
+    group.add_argument('--output_dir', default='./output_dir', metavar='DIR', help="checkpoints and log.txt; '' writes none")
+    group.add_argument('--log_dir', default='./output_dir', metavar='DIR', help="TensorBoard's events; '' writes none")
+    group.add_argument('--print_freq', default=20, type=bounded(int, 1), metavar='N', help='steps between two log lines')
+    group.add_argument('--resume', default='', metavar='FILE', help='checkpoint to continue from')
+    group.add_argument('--start_epoch', default=0, type=bounded(int, 0), metavar='N')
+
+    group = parser.add_argument_group('processes (set by the launchers)')
+    group.add_argument('--world_size', default=1, type=int)
+    group.add_argument('--local_rank', '--local-rank', default=-1, type=int)
+    group.add_argument('--dist_on_itp', action='store_true', help='the job was started by Open MPI')
+    group.add_argument('--dist_url', default='env://', help='how processes find each other')
+    parser.set_defaults(pin_mem=True, **defaults)
+
+
+def setup(args):
+    """Device, processes, seed and precision of a run; resolves args.device, amp, lr, num_workers. Returns the torch.device."""
+    _choose_device(args)
+    misc.init_distributed_mode(args)
+    device = torch.device(args.device)
+    # The same weights on every rank and for any number of ranks; what differs by sample has its own seeds (util/seeding.py).
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+
+    args.amp = misc.resolve_amp(args.amp, device)
+    args.pin_mem = args.pin_mem and device.type == 'cuda'
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    args.num_workers = min(args.num_workers, cores)
+    batch = args.batch_size * args.accum_iter * args.world_size
+    if args.lr is None:
+        args.lr = args.blr * batch / 256
+    print(f'{args.world_size} process(es) on {device.type}, {args.amp}, {args.num_workers} loader workers each')
+    print(f'effective batch {batch} = {args.batch_size} x accum_iter {args.accum_iter} x {args.world_size}, '
+          f'lr {args.lr:.3g} (blr {args.lr * 256 / batch:.3g})')
+    return device
+
+
+def _choose_device(args):
+    given = getattr(args, 'device_given', False)
+    vars(args).pop('device_given', None)
+    try:
+        kind = torch.device(args.device).type
+    except RuntimeError:
+        raise UserError(f'--device {args.device}: there is no such device; take cuda or cpu') from None
+    if kind == 'cuda' and not torch.cuda.is_available():
+        if given:
+            raise UserError(f'--device {args.device}: PyTorch finds no CUDA GPU here; take --device cpu')
+        if int(os.environ.get('RANK', 0)) == 0:
+            print('No CUDA GPU here: running on the CPU', file=sys.stderr)
+        args.device = 'cpu'

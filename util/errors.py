@@ -1,0 +1,2 @@
+class UserError(Exception):
+    """Something the user can put right. The message is one line: what is wrong, where, what to do."""
