@@ -24,6 +24,7 @@ def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, l
     model.train()
     optimizer.zero_grad()
     metrics = misc.MetricLogger()
+    metrics.add_meter('loss', misc.SmoothedValue())
     metrics.add_meter('lr', misc.SmoothedValue(window_size=1, fmt='{value:.2e}'))
     num_patches = getattr(model, 'module', model).patch_embed.num_patches
     unread = []  # (step, lr, loss) since the last report: a loss stays on the device until then, and no step waits for it

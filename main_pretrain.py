@@ -17,6 +17,7 @@ from util import misc
 from util.arguments import Parser, add_common_arguments, bounded, setup
 from util.datasets import build_pretrain_loader
 from util.errors import UserError
+from util.seeding import seeded
 from util.teacher import build_teacher
 
 
@@ -74,7 +75,8 @@ def main(args):
 
     # model
     teacher = build_teacher(args, device) if args.use_clip else None
-    model_without_ddp = build_model(args, teacher).to(device)
+    with seeded('weights', args.seed):
+        model_without_ddp = build_model(args, teacher).to(device)
     parameters = sum(p.numel() for p in model_without_ddp.parameters())
     print(f'{args.model}, {parameters / 1e6:.1f} M parameters')
     model = model_without_ddp

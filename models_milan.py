@@ -57,9 +57,9 @@ class PromptingAttention(nn.Module):
     def forward(self, y, fixed):
         """y [N, M, D], fixed [N, K+1, D] -> [N, M, D]."""
         n, m, d = y.shape
-        q = self.q(y).view(n, m, self.num_heads, -1).transpose(1, 2)
-        kv = self.kv(torch.cat([fixed, y], dim=1))
-        k, v = kv.view(n, kv.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        heads = (self.num_heads, d // self.num_heads)
+        q = self.q(y).view(n, m, *heads).transpose(1, 2)
+        k, v = self.kv(torch.cat([fixed, y], dim=1)).view(n, -1, 2, *heads).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(n, m, d))
 

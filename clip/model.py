@@ -192,18 +192,21 @@ def build_model(state_dict):
         vision_width, _, patch_size, _ = state_dict['visual.conv1.weight'].shape
         grid = math.isqrt(state_dict['visual.positional_embedding'].shape[0] - 1)
         context_length, transformer_width = state_dict['positional_embedding'].shape
-        model = CLIP(
-            embed_dim=state_dict['visual.proj'].shape[1],
-            image_resolution=grid * patch_size,
-            vision_layers=_count_blocks(state_dict, 'visual.transformer.'),
-            vision_width=vision_width,
-            vision_patch_size=patch_size,
-            context_length=context_length,
-            vocab_size=state_dict['token_embedding.weight'].shape[0],
-            transformer_width=transformer_width,
-            transformer_heads=transformer_width // 64,
-            transformer_layers=_count_blocks(state_dict, 'transformer.'))
-        model.load_state_dict(state_dict)
+        if vision_width % 64 or transformer_width % 64:
+            raise ValueError(f'widths {vision_width} and {transformer_width} are not those of a CLIP: its heads are 64 wide')
+        with torch.device('meta'):  # no weights are drawn only to be overwritten
+            model = CLIP(
+                embed_dim=state_dict['visual.proj'].shape[1],
+                image_resolution=grid * patch_size,
+                vision_layers=_count_blocks(state_dict, 'visual.transformer.'),
+                vision_width=vision_width,
+                vision_patch_size=patch_size,
+                context_length=context_length,
+                vocab_size=state_dict['token_embedding.weight'].shape[0],
+                transformer_width=transformer_width,
+                transformer_heads=transformer_width // 64,
+                transformer_layers=_count_blocks(state_dict, 'transformer.'))
+        model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state_dict.items()}, assign=True)
     except KeyError as e:
         raise ValueError(f'not the state dict of a ViT CLIP: it has no {e.args[0]}') from None
     except RuntimeError as e:

@@ -82,12 +82,11 @@ def add_common_arguments(parser, **defaults):
 
 
 def setup(args):
-    """Device, processes, seed and precision of a run; resolves args.device, amp, lr, num_workers. Returns the torch.device."""
+    """Device, processes and precision of a run; resolves args.device, amp, lr, num_workers. Returns the torch.device."""
     _choose_device(args)
     misc.init_distributed_mode(args)
     device = torch.device(args.device)
-    # The same weights on every rank and for any number of ranks; what differs by sample has its own seeds (util/seeding.py).
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # nothing of ours draws from it (util/seeding.py), but what a fork adds may
     torch.backends.cudnn.benchmark = True
 
     args.amp = misc.resolve_amp(args.amp, device)

@@ -239,7 +239,8 @@ class MetricLogger:
         """
         total = len(iterable)
         on_terminal = is_main_process() and sys.stdout.isatty()
-        bar = tqdm(total=total, desc=header, disable=not on_terminal, dynamic_ncols=True, file=sys.stdout)
+        bar = tqdm(total=total, desc=header, disable=not on_terminal, dynamic_ncols=True, file=sys.stdout,
+                   bar_format='{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}')
         start = end = time.time()
         waited, steps = 0.0, 0  # since the last report
         for step, batch in enumerate(iterable, 1):
@@ -254,7 +255,7 @@ class MetricLogger:
                 left = datetime.timedelta(seconds=int(seconds * (total - step + steps_after)))
                 rate = [f'images/s: {items_per_step / seconds:.1f}'] if items_per_step else []
                 shown = self.delimiter.join(
-                    [str(self), *rate, f'data: {waited / (end - start):.0%}', f'mem: {peak_memory()}', f'eta: {left}'])
+                    [str(self), *rate, f'eta: {left}', f'data: {waited / (end - start):.0%}', f'mem: {peak_memory()}'])
                 bar.set_postfix_str(shown)
                 if not on_terminal:
                     print(f'{header} [{step:{len(str(total))}d}/{total}]', shown, sep=self.delimiter, flush=True)

@@ -1,0 +1,131 @@
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / 'shared'  # reference numbers and real images; not part of the repository
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS / 'golden'))
+
+from deterministic import load_deterministic  # noqa: E402
+from openai_archive import save_archive  # noqa: E402
+
+import clip  # noqa: E402
+
+
+def golden(name):
+    """A reference case as a dict, config and other JSON entries decoded; skips where the large ones are not at hand."""
+    for folder in (TESTS / 'golden', SHARED / 'golden'):
+        if (folder / f'{name}.npz').exists():
+            with np.load(folder / f'{name}.npz') as f:
+                return {k: json.loads(str(v)) if v.dtype.kind == 'U' else v for k, v in f.items()}
+    pytest.skip(f'the reference case {name} is too large for the repository and ../shared is not here')
+
+
+def run(*command, cwd=ROOT, env=None, timeout=300):
+    """A command's CompletedProcess, output as text. Past the timeout it ends with all the processes it started."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **(env or {})}
+    command = [str(c) for c in command]
+    process = subprocess.Popen(command, cwd=cwd, env=env, text=True, start_new_session=True, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f'no end after {timeout} s: {" ".join(command)}\n{out}\n{err}')
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def pretrain(*flags, launcher=(sys.executable,), **kwargs):
+    return run(*launcher, ROOT / 'main_pretrain.py', *flags, **kwargs)
+
+
+def torchrun(processes):
+    return (sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}')
+
+
+def launch(processes, *flags):
+    """The older launcher; without --use_env it passes --local-rank to the script."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    return (sys.executable, '-m', 'torch.distributed.launch', f'--master_port={port}', f'--nproc_per_node={processes}', *flags)
+
+
+def draw_photo(path, seed, size):
+    """A picture with some content, for where no photograph is at hand."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+    box = [size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2]
+    ImageDraw.Draw(image).ellipse(box, fill=tuple(rng.integers(0, 255, 3).tolist()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+@pytest.fixture(scope='session')
+def small_images(tmp_path_factory):
+    """An image folder of 24 small pictures in 3 classes, sizes and shapes mixed."""
+    root = tmp_path_factory.mktemp('small')
+    for i in range(24):
+        draw_photo(root / 'train' / f'class{i % 3}' / f'{i:02d}.png', i, (70 + 3 * i, 90 - i))
+    return root
+
+
+@pytest.fixture(scope='session')
+def imagenet_samples(tmp_path_factory):
+    """4 photographs of ../shared/data/imagenet_samples.tar as an image folder; drawn pictures where it is not here."""
+    root = tmp_path_factory.mktemp('imagenet_samples')
+    archive = SHARED / 'data' / 'imagenet_samples.tar'
+    if not archive.exists():
+        for i in range(4):
+            draw_photo(root / 'train' / f'class{i}' / f'{i}.JPEG', i, (500, 375))
+        return root
+    import tarfile
+    with tarfile.open(archive) as tar:
+        photos = [m for m in tar if m.name.endswith('.JPEG')][::250]
+        for member in photos:
+            target = root / Path(*Path(member.name).parts[1:])
+            target.parent.mkdir(parents=True)
+            target.write_bytes(tar.extractfile(member).read())
+    return root
+
+
+TINY_CLIP = dict(embed_dim=48, image_resolution=64, vision_layers=2, vision_width=128, vision_patch_size=8, context_length=16,
+                 vocab_size=512, transformer_width=64, transformer_heads=1, transformer_layers=1)
+
+
+@pytest.fixture(scope='session')
+def tiny_clip(tmp_path_factory):
+    """A CLIP for 64-pixel images with 8x8 patches, in OpenAI's archive format."""
+    path = tmp_path_factory.mktemp('clip') / 'tiny.pt'
+    save_archive(load_deterministic(clip.CLIP(**TINY_CLIP), skip=()), path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def clip_b16(tmp_path_factory):
+    """A file like OpenAI's ViT-B-16.pt in every name and shape, with weights of its own."""
+    path = tmp_path_factory.mktemp('clip_b16') / 'ViT-B-16.pt'
+    torch.manual_seed(0)
+    save_archive(clip.CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12), path)
+    yield path
+    shutil.rmtree(path.parent)
+
+
+@pytest.fixture
+def milan_flags(small_images, tiny_clip, tmp_path):
+    """Flags of a MILAN run of seconds: 24 images, 6 steps an epoch."""
+    return ['--model', 'mae_vit_tiny_patch8', '--input_size', 64, '--batch_size', 4, '--data_path', small_images,
+            '--clip_path', tiny_clip, '--use_clip', '--change_decoder', '--attn_mask', '--num_workers', 0, '--blr', 0.05,
+            '--warmup_epochs', 1, '--output_dir', tmp_path / 'out', '--log_dir', tmp_path / 'out', '--print_freq', 2]

@@ -1,0 +1,179 @@
+"""The reference numbers: CLIP, pretraining forward, gradients and trajectories, and the rules of training."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, TESTS, golden
+from deterministic import fill, images, load_deterministic, shuffle_ids, weights
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_weight_decay
+
+import clip
+import models_milan
+from util.lars import LARS
+from util.lr_decay import param_groups_lrd
+from util.lr_sched import adjust_learning_rate
+from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
+
+TINY = ['milan_tiny', 'milan_tiny_pixels', 'milan_tiny_pixels_norm', 'mae_tiny_clip', 'mae_tiny_pixels', 'mae_tiny_pixels_norm']
+LARGE = ['milan_vit_base_patch16', 'mae_vit_base_patch16']
+WITH_TRAJECTORY = ['milan_tiny', 'mae_tiny_pixels']
+
+
+def close(actual, expected, rtol):
+    """Agreement relative to the largest expected value, which is how a rounding error scales."""
+    actual, expected = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= rtol * np.abs(expected).max()
+
+
+def build(name, dtype):
+    """(case, model, call arguments) of a pretraining case."""
+    case = golden(name)
+    c = case['config']
+    sizes = {k: c[k] for k in ('img_size', 'patch_size', 'embed_dim', 'depth', 'num_heads', 'decoder_embed_dim', 'decoder_depth',
+                               'decoder_num_heads', 'norm_pix_loss', 'use_clip', 'target_dim')}
+    model = models_milan.MaskedAutoencoderViT(**sizes, change_decoder=c['decoder'] == 'prompting')
+    model = load_deterministic(model.double()).to(dtype)
+    n, length = c['n'], model.patch_embed.num_patches
+    teacher = None
+    if c['use_clip']:
+        teacher = (torch.from_numpy(fill(f'{name}.teacher_tokens', (n, length + 1, c['target_dim']))).to(dtype), None)
+    imgs = torch.from_numpy(images(f'{name}.images', n, c['img_size'])).to(dtype)
+    ids = torch.from_numpy(shuffle_ids(f'{name}.ids_shuffle', n, length))
+    return case, model, dict(imgs=imgs, mask_ratio=c['mask_ratio'], clip_teacher=teacher, ids_shuffle=ids)
+
+
+@pytest.mark.parametrize('dtype, scalar_rtol, array_rtol', [(torch.float64, 1e-9, 1e-6), (torch.float32, 1e-4, 1e-4)])
+@pytest.mark.parametrize('name', TINY + LARGE)
+def test_pretraining_step(name, dtype, scalar_rtol, array_rtol):
+    case, model, call = build(name, dtype)
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == case['keys']
+    loss, pred, mask = model(**call)
+    loss.backward()
+    close(loss.item(), case['loss'], scalar_rtol)
+    assert (mask.numpy() == case['mask']).all()
+    if 'pred' in case:
+        close(pred.detach(), case['pred'], array_rtol)
+    visible = int((case['mask'][0] == 0).sum())
+    close(model.forward_encoder(call['imgs'], call['ids_shuffle'][:, :visible]).detach(), case['latent'], array_rtol)
+    grads = {k: p.grad.double().norm().item() for k, p in model.named_parameters() if p.grad is not None}
+    assert grads.keys() == case['grad_norms'].keys()
+    for k, norm in case['grad_norms'].items():
+        close(grads[k], norm, scalar_rtol)
+
+
+@pytest.mark.parametrize('name', WITH_TRAJECTORY)
+def test_trajectory(name):
+    """12 steps with the optimiser, groups and schedule of main_pretrain.py."""
+    case, model, call = build(name, torch.float64)
+    args = argparse.Namespace(lr=1e-3, min_lr=0.0, warmup_epochs=1, epochs=3)
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), lr=args.lr, betas=(0.9, 0.95))
+    losses, lrs, steps = [], [], len(case['trajectory_losses'])
+    for step in range(steps):
+        lrs.append(adjust_learning_rate(optimizer, step * 3 / steps, args))
+        loss, _, _ = model(**call)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    np.testing.assert_allclose(losses, case['trajectory_losses'], rtol=1e-9)
+    np.testing.assert_allclose(lrs, case['trajectory_lrs'], rtol=1e-9, atol=1e-18)
+
+
+def test_parameter_count():
+    """111.9 M for MAE's base model; a 512-wide target makes the last layer smaller than the 768 pixels of a patch do."""
+    count = {dim: sum(p.numel() for p in models_milan.mae_vit_base_patch16(
+        change_decoder=True, use_clip=dim is not None, target_dim=dim).parameters()) for dim in (None, 512)}
+    assert count[None] == 111_907_840
+    assert count[None] - count[512] == (768 - 512) * (512 + 1)
+
+
+@pytest.mark.parametrize('dtype, rtol', [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+@pytest.mark.parametrize('name', ['clip_tiny', 'clip_vit_b16'])
+def test_clip(name, dtype, rtol):
+    case = golden(name)
+    model = clip.CLIP(**case['config'])
+    assert sorted(model.state_dict()) == case['keys']
+    model = load_deterministic(model.double(), skip=()).to(dtype)
+    imgs = torch.from_numpy(images(f'{name}.images', len(case['tokens']), case['config']['image_resolution'])).to(dtype)
+    ids = torch.from_numpy(case['text_ids'])
+    with torch.no_grad():
+        tokens, importance = model.encode_tokens(imgs)
+        close(tokens, case['tokens'], rtol)
+        close(importance, case['importance'], rtol)
+        close(model.encode_text(ids), case['text_features'], rtol)
+        close(model(imgs, ids)[0], case['logits_per_image'], rtol)
+        close(model.encode_image(imgs), case['tokens'][:, 0], rtol)
+
+
+RULES = json.loads((TESTS / 'golden' / 'training_rules.json').read_text())
+
+
+@pytest.mark.parametrize('recipe', ['pretrain', 'finetune', 'linprobe'])
+def test_schedule(recipe):
+    groups = [{'params': [torch.nn.Parameter(torch.zeros(1))]}, {'params': [torch.nn.Parameter(torch.zeros(1))], 'lr_scale': 0.5}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    args = argparse.Namespace(**RULES[recipe]['args'])
+    for epoch, lr, half in RULES[recipe]['epoch_lr_lrhalf']:
+        assert adjust_learning_rate(optimizer, epoch, args) == pytest.approx(lr, rel=1e-9)
+        assert [g['lr'] for g in optimizer.param_groups] == pytest.approx([lr, half], rel=1e-9)
+
+
+def test_layer_decay():
+    model = VisionTransformer(num_classes=1000, global_pool='avg')
+    names = {p: n for n, p in model.named_parameters()}
+    groups = param_groups_lrd(model, 0.05, no_weight_decay_list={'pos_embed', 'cls_token'}, layer_decay=0.65)
+    ours = {names[p]: (g['lr_scale'], g['weight_decay']) for g in groups for p in g['params']}
+    expected = RULES['layer_decay_vit_base_0.65']
+    assert ours.keys() == expected.keys()
+    for name, rule in expected.items():
+        assert ours[name] == pytest.approx(rule, rel=1e-9), name
+
+
+def test_pretraining_weight_decay():
+    key, = [k for k in RULES if 'weight_decay' in k]
+    model = models_milan.mae_vit_base_patch16(use_clip=True, change_decoder=True, target_dim=512)
+    names = {p: n for n, p in model.named_parameters()}
+    ours = {names[p]: g['weight_decay'] for g in param_groups_weight_decay(model, 0.05) for p in g['params']}
+    assert ours == RULES[key]
+
+
+def test_position_tables():
+    case = golden('pos_embed')
+    close(get_2d_sincos_pos_embed(48, 4, cls_token=True), case['sincos_48_grid4'], 1e-9)
+    close(get_2d_sincos_pos_embed(768, 14, cls_token=True)[[0, 1, 2, 15, 100, 196]], case['sincos_768_grid14_rows'], 1e-9)
+    with pytest.raises(ValueError, match='multiple of 4'):
+        get_2d_sincos_pos_embed(50, 4)
+
+
+def test_position_interpolation():
+    model = VisionTransformer(img_size=384, embed_dim=48, depth=1, num_heads=3)
+    state_dict = {'pos_embed': torch.from_numpy(fill('pos.ckpt', (1, 197, 48)))}
+    interpolate_pos_embed(model, state_dict)
+    close(state_dict['pos_embed'], golden('pos_embed')['interpolated_14_to_24'], 1e-6)
+
+
+def test_lars():
+    case = golden('lars')
+    c = case['config']
+    params = {'w': torch.from_numpy(weights('lars.weight', (5, 7))), 'b': torch.from_numpy(weights('lars.bias', (5,))),
+              'z': torch.zeros(3, 2, dtype=torch.float64)}
+    optimizer = LARS(params.values(), lr=c['lr'], weight_decay=c['weight_decay'], momentum=c['momentum'],
+                     trust_coefficient=c['trust_coefficient'])
+    for step in range(c['steps']):
+        for letter, p in params.items():
+            p.grad = torch.from_numpy(fill(f'lars.grad_{letter}{step}', tuple(p.shape)))
+        optimizer.step()
+        for letter, key in (('w', 'weight'), ('b', 'bias'), ('z', 'zero')):
+            close(params[letter], case[key][step], 1e-9)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason='../shared is not here')
+def test_copies_are_the_originals():
+    for path in (TESTS / 'golden').iterdir():
+        if path.suffix in ('.npz', '.json'):
+            assert path.read_bytes() == (SHARED / 'golden' / path.name).read_bytes(), path.name
