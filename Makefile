@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python -m tools.demo.run --output_dir demo_output
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .

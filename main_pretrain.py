@@ -4,7 +4,6 @@ import datetime
 import json
 import os
 import time
-from pathlib import Path
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -14,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from engine_pretrain import train_one_epoch
 from models_milan import MODELS
 from util import misc
-from util.arguments import Parser, add_common_arguments, bounded, setup
+from util.arguments import Parser, add_common_arguments, bounded, make_folders, setup
 from util.datasets import build_pretrain_loader
 from util.errors import UserError
 from util.seeding import seeded
@@ -95,8 +94,7 @@ def main(args):
     # loop
     log_writer = None
     if misc.is_main_process():
-        if args.output_dir:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        make_folders(args)
         if args.log_dir:
             log_writer = SummaryWriter(log_dir=args.log_dir)
     start = time.time()

@@ -119,7 +119,7 @@ def test_bar_on_a_terminal():
         pass
     assert os.waitpid(pid, 0)[1] == 0
     text = shown.decode()
-    assert '9/9' in text and 'loss: 7.0000' in text and 'Epoch [0] [' not in text
+    assert '9/9' in text and 'loss: 4.0000 (4.0000)' in text and 'Epoch [0] [' not in text
 
 
 @pytest.mark.parametrize('enabled', [False, True])

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 
 import torch
 
@@ -100,6 +101,19 @@ def setup(args):
     print(f'effective batch {batch} = {args.batch_size} x accum_iter {args.accum_iter} x {args.world_size}, '
           f'lr {args.lr:.3g} (blr {args.lr * 256 / batch:.3g})')
     return device
+
+
+def make_folders(args):
+    """Create output_dir and log_dir and check that they can be written to."""
+    for flag in ('output_dir', 'log_dir'):
+        folder = getattr(args, flag)
+        try:
+            if folder:
+                os.makedirs(folder, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+        except OSError as e:
+            raise UserError(f'--{flag} {folder} cannot be written to: {e.strerror}') from e
 
 
 def _choose_device(args):

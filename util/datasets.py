@@ -11,7 +11,7 @@ from torchvision import datasets, transforms
 from tqdm import tqdm
 
 from util.errors import UserError
-from util.seeding import seeded
+from util.seeding import seed_of, seeded
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
@@ -108,7 +108,8 @@ def build_pretrain_loader(args):
     """
     dataset = SeededImageFolder(
         image_folder(args, 'train'), build_pretrain_transform(args), args.seed, limit=args.max_bad_images)
-    sampler = EpochSampler(dataset, num_replicas=args.world_size, rank=args.rank, shuffle=True, seed=args.seed)
+    sampler = EpochSampler(dataset, num_replicas=args.world_size, rank=args.rank, shuffle=True,
+                           seed=seed_of('order', args.seed) % 2**32)  # the sampler adds the epoch to it
     steps = len(sampler) // args.batch_size
     if steps < args.accum_iter:
         raise UserError(

@@ -291,5 +291,8 @@ def run(main, args):
         if is_dist_avail_and_initialized():
             os._exit(1)  # an orderly shutdown would wait for processes that may be stuck in a collective
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write('interrupted\n')
+        sys.exit(130)
     if is_dist_avail_and_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,100 @@
+"""The demo's pictures: what the teacher attends to, which patches that leaves visible, and how the loss went.
+
+    python -m tools.demo.figure --output_dir demo_output
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import clip
+from models_milan import patch_order
+from tools.demo.train_clip import load_split, normalise
+from util.seeding import sample_noise
+
+try:
+    import matplotlib
+except ImportError:
+    sys.exit('error: the figures need matplotlib; pip install matplotlib')
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+MASK_RATIO = 0.75
+
+
+def hide(image, ids, grid):
+    """image [H, W, 3] in [0, 1] with all but the first quarter of the patches ``ids`` [L] in light grey."""
+    visible = torch.zeros(grid * grid)
+    visible[ids[:int(grid * grid * (1 - MASK_RATIO))]] = 1
+    patch = image.shape[0] // grid
+    visible = visible.view(grid, grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)[..., None].numpy()
+    return image * visible + 0.88 * (1 - visible)
+
+
+@torch.no_grad()
+def masks(output_dir, count=5):
+    """figure.png: a column a validation picture of another class; rows from picture to masks."""
+    images, lines = load_split(output_dir, 'val')
+    by_class = {line['class']: i for i, line in reversed(list(enumerate(lines)))}
+    names = sorted(by_class)
+    chosen = [by_class[names[k * len(names) // count]] for k in range(count)]
+    images, lines = images[chosen], [lines[i] for i in chosen]
+
+    model, _ = clip.load(str(Path(output_dir) / 'clip_demo.pth.tar'), 'cpu')
+    _, importance = model.encode_tokens(normalise(images))
+    grid = model.visual.grid_size
+    noise = [sample_noise(0, epoch, torch.tensor(chosen), grid * grid) for epoch in range(3)]
+    semantic = [patch_order(noise[draw], importance) for draw in range(2)]
+    uniform = patch_order(noise[2])
+    heat = F.interpolate(importance.view(count, 1, grid, grid), size=images.shape[-1], mode='bicubic')[:, 0]
+
+    rows = ['image', "teacher's\nimportance", 'visible,\nsemantic aware', 'visible,\nanother draw', 'visible,\nuniform']
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.5 * count, 1.5 * len(rows)), dpi=100)
+    for column in range(count):
+        image = images[column].permute(1, 2, 0).numpy() / 255
+        axes[0, column].set_title(lines[column]['class'], fontsize=10)
+        axes[0, column].imshow(image)
+        axes[1, column].imshow(image.mean(axis=2), cmap='gray')
+        axes[1, column].imshow(heat[column], cmap='inferno', alpha=0.7)
+        for row, ids in ((2, semantic[0]), (3, semantic[1]), (4, uniform)):
+            axes[row, column].imshow(hide(image, ids[column], grid))
+    for row, name in enumerate(rows):
+        axes[row, 0].set_ylabel(name, fontsize=10)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    figure.tight_layout(pad=0.4)
+    figure.savefig(Path(output_dir) / 'figure.png')
+    plt.close(figure)
+
+
+def loss_curve(output_dir):
+    """loss.png from the TensorBoard events of the pretraining, a point a step."""
+    events = EventAccumulator(str(Path(output_dir) / 'pretrain')).Reload()
+    loss = events.Scalars('train_loss')
+    figure, ax = plt.subplots(figsize=(6, 3.5), dpi=100)
+    ax.plot([e.step / 1000 for e in loss], [e.value for e in loss])
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel('epoch')
+    ax.set_ylabel('loss: 2 - 2 cos(prediction, target)')
+    ax.set_title('MILAN pretraining')
+    ax.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(Path(output_dir) / 'loss.png')
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--output_dir', default='demo_output')
+    args = parser.parse_args()
+    masks(args.output_dir)
+    loss_curve(args.output_dir)
+
+
+if __name__ == '__main__':
+    main()
