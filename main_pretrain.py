@@ -1,21 +1,20 @@
 """Pretrain a ViT by masked image modelling: MILAN with --use_clip --change_decoder --attn_mask, MAE without."""
 
 import datetime
-import json
-import os
 import time
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
 from engine_pretrain import train_one_epoch
 from models_milan import MODELS
 from util import misc
-from util.arguments import Parser, add_common_arguments, bounded, make_folders, setup
-from util.datasets import build_pretrain_loader
-from util.errors import UserError
+from util.arguments import Parser, add_common_arguments, bounded, setup
+from util.datasets import build_dataset, build_pretrain_transform
+from util.distributed import distribute
+from util.errors import UserError, as_user_error
+from util.loader import build_loader
+from util.logs import log_epoch, open_log
 from util.seeding import seeded
 from util.teacher import build_teacher
 
@@ -47,12 +46,10 @@ def check(args):
 
 def build_model(args, teacher):
     """The model of the flags, as large as the images and as wide as the teacher's features; checks that all of it fits."""
-    try:
+    with as_user_error(f'--model {args.model} --input_size {args.input_size}', ValueError):
         model = MODELS[args.model](
             img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=args.use_clip, attn_mask=args.attn_mask,
             change_decoder=args.change_decoder, target_dim=teacher.dim if teacher else None)
-    except ValueError as e:
-        raise UserError(f'--model {args.model} --input_size {args.input_size}: {e}') from e
     grid = model.patch_embed.grid_size[0]
     visible = int(grid * grid * (1 - args.mask_ratio))
     if teacher and teacher.grid_size != grid:
@@ -69,8 +66,8 @@ def main(args):
     device = setup(args)
 
     # data
-    data_loader = build_pretrain_loader(args)
-    print(f'{len(data_loader.loader.dataset)} images in {args.data_path}, {len(data_loader)} steps an epoch')
+    data_loader = build_loader(args, build_dataset(True, args, build_pretrain_transform(args)))
+    print(f'{len(data_loader.dataset)} images in {args.data_path}, {len(data_loader)} steps an epoch')
 
     # model
     teacher = build_teacher(args, device) if args.use_clip else None
@@ -78,9 +75,7 @@ def main(args):
         model_without_ddp = build_model(args, teacher).to(device)
     parameters = sum(p.numel() for p in model_without_ddp.parameters())
     print(f'{args.model}, {parameters / 1e6:.1f} M parameters')
-    model = model_without_ddp
-    if args.distributed:
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+    model = distribute(args, model_without_ddp, device)
 
     # optimiser
     param_groups = param_groups_weight_decay(model_without_ddp, args.weight_decay)
@@ -92,24 +87,14 @@ def main(args):
         return
 
     # loop
-    log_writer = None
-    if misc.is_main_process():
-        make_folders(args)
-        if args.log_dir:
-            log_writer = SummaryWriter(log_dir=args.log_dir)
+    log_writer = open_log(args)
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):
         data_loader.set_epoch(epoch)
         train_stats = train_one_epoch(
             model, data_loader, optimizer, device, epoch, loss_scaler, log_writer=log_writer, args=args, teacher=teacher)
-        if args.output_dir and (epoch % 20 == 0 or epoch + 1 == args.epochs):
-            misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
-        if misc.is_main_process():
-            if log_writer is not None:
-                log_writer.flush()
-            if args.output_dir:
-                with open(os.path.join(args.output_dir, 'log.txt'), 'a', encoding='utf-8') as f:
-                    f.write(json.dumps({**{f'train_{k}': v for k, v in train_stats.items()}, 'epoch': epoch}) + '\n')
+        misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
+        log_epoch(args, log_writer, {**{f'train_{k}': v for k, v in train_stats.items()}, 'epoch': epoch})
     print(f'Training time {datetime.timedelta(seconds=int(time.time() - start))}')
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import SHARED, TESTS, golden
 from deterministic import fill, images, load_deterministic, shuffle_ids, weights
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 
 import clip
 import models_milan
+import models_vit
 from util.lars import LARS
 from util.lr_decay import param_groups_lrd
 from util.lr_sched import adjust_learning_rate
@@ -123,10 +123,31 @@ def test_schedule(recipe):
         assert [g['lr'] for g in optimizer.param_groups] == pytest.approx([lr, half], rel=1e-9)
 
 
+@pytest.mark.parametrize('dtype, rtol', [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize('name', ['vit_tiny_cls_token', 'vit_tiny_global_pool', 'vit_base_patch16_global_pool'])
+def test_classifier(name, dtype, rtol):
+    case = golden(name)
+    c = dict(case['config'])
+    n = c.pop('n')
+    model = models_vit.VisionTransformer(**c).double()
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == case['keys']
+    model = load_deterministic(model, skip=()).to(dtype).eval()
+    imgs = torch.from_numpy(images(f'{name}.images', n, c['img_size'])).to(dtype)
+    logits = model(imgs)
+    loss = torch.nn.functional.cross_entropy(logits, torch.arange(n))
+    loss.backward()
+    close(logits.detach(), case['logits'], max(rtol, 1e-6) if case['logits'].dtype == np.float32 else rtol)
+    close(loss.item(), case['loss'], rtol)
+    grads = {k: p.grad.double().norm().item() for k, p in model.named_parameters() if p.grad is not None}
+    assert grads.keys() == case['grad_norms'].keys()
+    for k, norm in case['grad_norms'].items():
+        close(grads[k], norm, rtol)
+
+
 def test_layer_decay():
-    model = VisionTransformer(num_classes=1000, global_pool='avg')
+    model = models_vit.vit_base_patch16(global_pool=True)
     names = {p: n for n, p in model.named_parameters()}
-    groups = param_groups_lrd(model, 0.05, no_weight_decay_list={'pos_embed', 'cls_token'}, layer_decay=0.65)
+    groups = param_groups_lrd(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.65)
     ours = {names[p]: (g['lr_scale'], g['weight_decay']) for g in groups for p in g['params']}
     expected = RULES['layer_decay_vit_base_0.65']
     assert ours.keys() == expected.keys()
@@ -151,7 +172,7 @@ def test_position_tables():
 
 
 def test_position_interpolation():
-    model = VisionTransformer(img_size=384, embed_dim=48, depth=1, num_heads=3)
+    model = models_vit.VisionTransformer(img_size=384, embed_dim=48, depth=1, num_heads=3)
     state_dict = {'pos_embed': torch.from_numpy(fill('pos.ckpt', (1, 197, 48)))}
     interpolate_pos_embed(model, state_dict)
     close(state_dict['pos_embed'], golden('pos_embed')['interpolated_14_to_24'], 1e-6)

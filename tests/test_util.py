@@ -14,21 +14,24 @@ import pytest
 import torch
 from conftest import ROOT, pretrain, run
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from util import misc
 from util.checkpoint import load, save_on_master
 from util.crop import RandomResizedCrop
-from util.datasets import EpochSampler, SeededImageFolder, build_dataset, build_pretrain_transform
+from util.datasets import SeededDataset, build_dataset, build_pretrain_transform, class_names
 from util.errors import UserError
+from util.loader import EpochSampler
 
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone(small_images):
     args = argparse.Namespace(input_size=32)
-    dataset = SeededImageFolder(small_images / 'train', build_pretrain_transform(args), seed=3)
+    folder = ImageFolder(small_images / 'train')
+    dataset = SeededDataset(folder, build_pretrain_transform(args), seed=3)
     first = dataset[2, 5][0]
     dataset[0, 1], torch.rand(7)
     assert torch.equal(first, dataset[2, 5][0])
-    for other in (dataset[3, 5][0], SeededImageFolder(dataset.root, dataset.transform, seed=4)[2, 5][0]):
+    for other in (dataset[3, 5][0], SeededDataset(folder, dataset.transform, seed=4)[2, 5][0]):
         assert not torch.equal(first, other)
 
 
@@ -64,12 +67,12 @@ def test_crop_draws_once():
 
 def test_classifier_data(small_images, tmp_path):
     args = argparse.Namespace(data_path=tmp_path, input_size=32, color_jitter=None, aa='rand-m9-mstd0.5-inc1', reprob=0.25,
-                              remode='pixel', recount=1)
+                              remode='pixel', recount=1, dataset='', seed=0, max_bad_images=0)
     for split in ('train', 'val'):
         (tmp_path / split).symlink_to(small_images / 'train')
     train, val = build_dataset(True, args), build_dataset(False, args)
     assert train[0][0].shape == val[0][0].shape == (3, 32, 32)
-    assert val.classes == ['class0', 'class1', 'class2']
+    assert class_names(val) == ['class0', 'class1', 'class2']
     assert 'RandAugment' in str(train.transform)
     assert val.transform.transforms[0].size == 36 and val.transform.transforms[1].size == (32, 32)
 

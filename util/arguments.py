@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import tempfile
 
 import torch
 
@@ -63,11 +62,18 @@ def add_common_arguments(parser, **defaults):
     group = parser.add_argument_group('data and output')
     group.add_argument('--data_path', metavar='DIR',
                        help='folder with train/ and val/, a folder a class in each')
+    group.add_argument('--dataset', default='', metavar='NAME',
+                       help='read --data_path as this data set of timm instead: torch/cifar10, hfds/NAME, wds/NAME, or tar '
+                            'for tar files; default: an image folder')
+    group.add_argument('--train_split', default='train', metavar='NAME', help='name of the training set, with --dataset')
+    group.add_argument('--val_split', default='validation', metavar='NAME', help='name of the validation set, with --dataset')
     group.add_argument('--num_workers', default=16, type=bounded(int, 0), help='loader processes a training process')
     group.add_argument('--pin_mem', action='store_true', help='page-locked memory for faster copies to the GPU (the default)')
     group.add_argument('--no_pin_mem', action='store_false', dest='pin_mem')
     group.add_argument('--max_bad_images', default=100, type=bounded(int, 0), metavar='N',
                        help='unreadable image files that a process passes over before the run stops')
+    group.add_argument('--save_every', default=20, type=bounded(int, 1), metavar='N',
+                       help='checkpoint-EPOCH.pth after every N-th epoch and the last; checkpoint-last.pth is always the newest')
     group.add_argument('--output_dir', default='./output_dir', metavar='DIR', help="checkpoints and log.txt; '' writes none")
     group.add_argument('--log_dir', default='./output_dir', metavar='DIR', help="TensorBoard's events; '' writes none")
     group.add_argument('--print_freq', default=20, type=bounded(int, 1), metavar='N', help='steps between two log lines')
@@ -80,6 +86,31 @@ def add_common_arguments(parser, **defaults):
     group.add_argument('--dist_on_itp', action='store_true', help='the job was started by Open MPI')
     group.add_argument('--dist_url', default='env://', help='how processes find each other')
     parser.set_defaults(pin_mem=True, **defaults)
+
+
+def add_classifier_arguments(parser, models, **defaults):
+    """The flags that fine-tuning and linear probing share beyond those of all scripts."""
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', default='vit_large_patch16', choices=models, metavar='NAME', help=', '.join(models))
+    group.add_argument('--input_size', default=224, type=bounded(int, 1), help='pixels along a side')
+    group.add_argument('--nb_classes', default=1000, type=bounded(int, 1), help='classes; checked against the data')
+    group.add_argument('--global_pool', action='store_true', help='classify the mean of the patch tokens')
+    group.add_argument('--cls_token', action='store_false', dest='global_pool', help='classify the class token (the default)')
+    group.add_argument('--finetune', default='', metavar='FILE', help='checkpoint to start from: ours, MAE, timm, OpenMMLab, '
+                                                                      '.safetensors')
+    group = parser.add_argument_group('evaluation')
+    group.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume or --finetune, and end')
+    group.add_argument('--dist_eval', action='store_true',
+                       help='a share of the validation set on each process instead of all of it; the accuracy is the same')
+    add_common_arguments(parser, **defaults)
+
+
+def check_classifier(args):
+    """Combinations of flags that cannot work in fine-tuning and linear probing."""
+    if args.eval and not (args.resume or args.finetune):
+        raise UserError('--eval needs a checkpoint to evaluate: give --resume FILE')
+    if args.finetune and args.resume and not args.eval:
+        print('--resume goes before --finetune: all weights come from the former')
 
 
 def setup(args):
@@ -101,19 +132,6 @@ def setup(args):
     print(f'effective batch {batch} = {args.batch_size} x accum_iter {args.accum_iter} x {args.world_size}, '
           f'lr {args.lr:.3g} (blr {args.lr * 256 / batch:.3g})')
     return device
-
-
-def make_folders(args):
-    """Create output_dir and log_dir and check that they can be written to."""
-    for flag in ('output_dir', 'log_dir'):
-        folder = getattr(args, flag)
-        try:
-            if folder:
-                os.makedirs(folder, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-        except OSError as e:
-            raise UserError(f'--{flag} {folder} cannot be written to: {e.strerror}') from e
 
 
 def _choose_device(args):

@@ -1,18 +1,25 @@
-"""Checkpoints in the published format: a dict of model, optimizer, epoch, scaler, args."""
+"""Checkpoints: the published dict of model, optimizer, epoch, scaler, args, written safely; every known format, read safely."""
 
 import argparse
 import os
 import pickle
+import re
+import shutil
 
+import numpy as np
+import safetensors.torch
 import torch
-import torch.distributed as dist
 
-from util.errors import UserError
+from util import formats
+from util.distributed import is_main_process
+from util.errors import UserError, as_user_error, first_line
+from util.pos_embed import interpolate_pos_embed
 
+# ---- writing ----
 
 def save_on_master(obj, path):
     """torch.save on the first process. The file appears under its name only when it is whole and on the disk."""
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+    if not is_main_process():
         return
     part = f'{path}.tmp'
     try:
@@ -27,43 +34,131 @@ def save_on_master(obj, path):
         raise UserError(f'{path} could not be written (disk full?): {first_line(e)}') from e
 
 
-def load(path):
-    """The contents of a checkpoint file, on the CPU. Tensors, plain values and an argparse.Namespace; anything else is refused.
+def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is_best=False, **more):
+    """Write checkpoint-last.pth into args.output_dir; call it after every epoch.
 
-    Raises:
-        UserError: missing, damaged, or with foreign objects inside.
+    The same file stays under other names too: checkpoint-EPOCH.pth after every args.save_every-th epoch and the last one,
+    checkpoint-best.pth with ``is_best``. ``more`` goes into the checkpoint's dict.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'checkpoint {path} does not exist')
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as e:
-        raise UserError(f'checkpoint {path} cannot be read (damaged, or not a checkpoint): {first_line(e)}') from e
-
-
-def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler):
-    """Write checkpoint-EPOCH.pth into args.output_dir."""
+    if not args.output_dir or not is_main_process():
+        return
+    last = os.path.join(args.output_dir, 'checkpoint-last.pth')
     save_on_master({
         'model': model_without_ddp.state_dict(),
         'optimizer': optimizer.state_dict(),
         'epoch': epoch,
         'scaler': loss_scaler.state_dict(),
         'args': args,
-    }, os.path.join(args.output_dir, f'checkpoint-{epoch}.pth'))
+        **more,
+    }, last)
+    if epoch % args.save_every == 0 or epoch + 1 == args.epochs:
+        _also_as(last, os.path.join(args.output_dir, f'checkpoint-{epoch}.pth'))
+    if is_best:
+        _also_as(last, os.path.join(args.output_dir, 'checkpoint-best.pth'))
+
+
+def _also_as(path, name):
+    """A second name for the file: a hard link, which costs no space while both are there, or a copy where there are none."""
+    part = f'{name}.tmp'
+    try:
+        if os.path.exists(part):
+            os.remove(part)
+        try:
+            os.link(path, part)
+        except OSError:
+            shutil.copyfile(path, part)
+        os.replace(part, name)
+    except OSError as e:
+        raise UserError(f'{name} could not be written (disk full?): {first_line(e)}') from e
+
+
+# ---- reading ----
+
+class _HistoryBuffer:
+    """Stands for mmengine's class of logged values, which OpenMMLab's checkpoints may hold; nobody reads it here."""
+
+
+# The only classes beside tensors and plain values that the known formats hold. NumPy's are those of an array: a name for each of
+# NumPy 1 and 2, whichever wrote the file. None of them runs code of the file's.
+_multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+_ALLOWED = [argparse.Namespace, np.ndarray, np.dtype, type(np.dtype('float64')), type(np.dtype('int64')),
+            (_HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer')]
+_ALLOWED += [(getattr(_multiarray, function), f'{module}.multiarray.{function}')
+             for module in ('numpy.core', 'numpy._core') for function in ('_reconstruct', 'scalar')]
+_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError,
+           safetensors.SafetensorError)
+
+
+def load(path):
+    """What a checkpoint file holds, on the CPU: .safetensors, or torch.save's format, of which only the classes above are taken.
+
+    Raises:
+        UserError: missing, damaged, or with other classes inside, which are named and not run.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f'checkpoint {path} does not exist')
+    try:
+        if str(path).endswith('.safetensors'):
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except _DAMAGE as e:
+        foreign = re.search(r'GLOBAL (\S+)', str(e))
+        if foreign:
+            raise UserError(f'checkpoint {path} is refused: it holds {foreign[1]}, and could run code; a checkpoint needs '
+                            'only tensors, plain values and argparse.Namespace') from e
+        raise UserError(f'checkpoint {path} cannot be read (damaged, or not a checkpoint): {first_line(e)}') from e
+
+
+def read_weights(path):
+    """(what the file holds, its state dict under our names); formats: see util/formats.py. Raises UserError."""
+    checkpoint = load(path)
+    with as_user_error(f'checkpoint {path}', ValueError):
+        return checkpoint, formats.to_ours(checkpoint)
+
+
+def load_pretrained(args, model):
+    """Start ``model``, a classifier, from the encoder in args.finetune: what --finetune does.
+
+    Position embeddings of another grid are resized; a head for other classes is left out. Prints what was matched, what is
+    missing and starts anew, and what the file has beyond that.
+
+    Raises:
+        UserError: nothing of the encoder is in the file, or a tensor has another shape; with args.eval, if anything is missing.
+    """
+    where = f'--finetune {args.finetune}'
+    _, state_dict = read_weights(args.finetune)
+    with as_user_error(f'{where}: its pos_embed is not that of a square grid', RuntimeError, IndexError):
+        interpolate_pos_embed(model, state_dict)
+    ours = model.state_dict()
+    other_head = [k for k in ours if k.startswith('head') and k in state_dict and state_dict[k].shape != ours[k].shape]
+    matched = [k for k in ours if k in state_dict and k not in other_head]
+    missing = [k for k in ours if k not in matched]
+    for name in matched:
+        if state_dict[name].shape != ours[name].shape:
+            raise UserError(f'{where} does not fit --model {args.model}: {name} is {list(state_dict[name].shape)} in it and '
+                            f'{list(ours[name].shape)} here; name the model it was made with')
+    if not any(name.startswith(('blocks', 'patch_embed')) for name in matched):
+        raise UserError(f'{where}: nothing of the encoder is in it; its names are {", ".join(list(state_dict)[:3])}, ...')
+    if args.eval and missing:
+        raise UserError(f'{where} has no {_summary(missing)} for {args.nb_classes} classes; --eval needs the checkpoint of a '
+                        'whole classifier and its flags for pooling')
+    model.load_state_dict({name: state_dict[name] for name in matched}, strict=False)
+    print(f'{args.finetune}: {len(matched)} tensors matched; missing, start anew: {_summary(missing)}; unexpected, not used: '
+          f'{_summary(k for k in state_dict if k not in matched)}')
 
 
 def load_model(args, model_without_ddp, optimizer, loss_scaler):
     """Continue from args.resume, if one is given: weights, optimiser, scaler, and args.start_epoch as the epoch after.
 
-    A file without an optimiser gives its weights alone. Raises UserError if the weights are another model's.
+    A file without an optimiser's state gives its weights alone. Raises UserError if the weights are another model's.
+
+    Returns:
+        what the file holds beside the weights, or {}.
     """
     if not args.resume:
-        return
-    checkpoint = load(args.resume)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model', checkpoint), dict):
-        raise UserError(f'--resume {args.resume}: not a checkpoint')
-    state_dict = checkpoint.get('model', checkpoint)
+        return {}
+    checkpoint, state_dict = read_weights(args.resume)
     difference = _difference(model_without_ddp.state_dict(), state_dict)
     if difference:
         raise UserError(f'--resume {args.resume} is a checkpoint of another model: {difference}; '
@@ -71,14 +166,16 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler):
     model_without_ddp.load_state_dict(state_dict)
     if 'optimizer' not in checkpoint or 'epoch' not in checkpoint:
         print(f'Weights from {args.resume}, which has no optimiser state')
-        return
-    try:
+        return {}
+    if getattr(args, 'eval', False):
+        print(f'Weights from {args.resume}')
+        return {}
+    with as_user_error(f'--resume {args.resume}: the optimiser state does not fit', ValueError, KeyError, TypeError):
         optimizer.load_state_dict(checkpoint['optimizer'])
-    except ValueError as e:
-        raise UserError(f'--resume {args.resume}: the optimiser state does not fit: {first_line(e)}') from e
     args.start_epoch = checkpoint['epoch'] + 1
     loss_scaler.load_state_dict(checkpoint.get('scaler') or {})
     print(f'Resumed from {args.resume}: epoch {checkpoint["epoch"]} is done')
+    return checkpoint
 
 
 def _difference(ours, theirs):
@@ -92,6 +189,11 @@ def _difference(ours, theirs):
     return f'it has {extra[0]}, which this model has not' if extra else ''
 
 
-def first_line(error):
-    """First line of an exception's text, or its kind where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _summary(names):
+    """'decoder_blocks (96), mask_token': names by their first part, with how many tensors each part has."""
+    counts = {}
+    for name in names:
+        part = name.partition('.')[0]
+        counts[part] = counts.get(part, 0) + 1
+    return ', '.join(part if n == 1 else f'{part} ({n})' for part, n in counts.items()) or 'none'
+

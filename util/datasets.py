@@ -1,124 +1,129 @@
-"""Data sets, transforms and loaders: image folders whose augmentations depend on (seed, epoch, sample) alone."""
+"""Data sets and transforms: images from folders or from whatever timm reads, augmented as a function of (seed, epoch, sample)."""
 
 import os
-import sys
 
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_dataset, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import datasets, transforms
-from tqdm import tqdm
 
-from util.errors import UserError
+from util.crop import RandomResizedCrop
+from util.errors import UserError, first_line
 from util.seeding import seed_of, seeded
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
-class SeededImageFolder(datasets.ImageFolder):
-    """ImageFolder indexed by (epoch, i), as EpochSampler gives them.
+class SeededDataset(torch.utils.data.Dataset):
+    """A data set indexed by (epoch, i), as EpochSampler gives them, or by i alone, which is epoch 0.
 
-    An item is (image, class, i, skipped). A file that cannot be read is passed over for the next one in the list, and ``skipped``
-    counts these; the loader's user names them and decides when it is too many.
+    An item is (image, class, i, skipped). A file that cannot be read is passed over for the next one in the list; ``skipped``
+    counts these, and the loader's user names them and decides when it is too many.
+
+    Args:
+        source: map-style: torchvision's, or timm's ImageDataset; without a transform of its own.
+        transform: from a PIL RGB image to a tensor.
+        limit: files to pass over for one item before it is given up (then a blank image comes with skipped = limit + 1).
+        replace: False leaves out what cannot be read: a blank image with skipped = 1. Evaluation must count no image twice.
     """
 
-    def __init__(self, root, transform, seed=0, limit=100):
-        try:
-            super().__init__(root, transform, allow_empty=True)
-        except FileNotFoundError:
-            raise UserError(f'--data_path: {root} has no class folders; put the images into {root}/CLASS/') from None
-        if not self.samples:
-            raise UserError(f'--data_path: there are no images in the class folders of {root}')
+    def __init__(self, source, transform, seed=0, limit=100, replace=True):
+        self.source = source
+        self.transform = transform
         self.seed = seed
-        self.limit = min(limit + 1, len(self.samples))
+        self.tries = min(limit + 1, len(source)) if replace else 1
+
+    def __len__(self):
+        return len(self.source)
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
-        for skipped in range(self.limit):
-            path, target = self.samples[(i + skipped) % len(self.samples)]
+        for skipped in range(self.tries):
             try:
-                image = self.loader(path)
+                image, target = self.read((i + skipped) % len(self.source))
                 break
             except Exception:  # whatever a decoder raises on a broken file, and files that have gone away
                 continue
-        else:  # the limit is passed and the run is about to stop
-            skipped, image = self.limit, Image.new('RGB', (8, 8))
+        else:
+            skipped, image, target = self.tries, Image.new('RGB', (8, 8)), 0
         with seeded('augment', self.seed, epoch, i):
             image = self.transform(image)
         return image, target, i, skipped
 
+    def read(self, i):
+        """(PIL RGB image, class) of sample i."""
+        if hasattr(self.source, 'reader'):  # timm's own __getitem__ would pass over broken files without telling
+            image, target = self.source.reader[i][:2]
+            return Image.open(image).convert('RGB'), -1 if target is None else target
+        image, target = self.source[i]
+        return image.convert('RGB'), target
 
-class EpochSampler(torch.utils.data.DistributedSampler):
-    """DistributedSampler that tells the workers the epoch: it yields (epoch, i). Any number of ranks share one order."""
+    def name(self, i):
+        """What to call sample i: its file where it has one."""
+        if hasattr(self.source, 'samples'):
+            return self.source.samples[i][0]
+        return self.source.filename(i) if hasattr(self.source, 'filename') else f'sample {i}'
 
-    def __iter__(self):
-        return ((self.epoch, i) for i in super().__iter__())
 
+class SeededStream(torch.utils.data.IterableDataset):
+    """The same for data that can only be read in order (WebDataset shards, streamed Hugging Face data): items of the same parts.
 
-class UnreadableImages:
-    """Batches (images, classes, sample numbers) of a loader over a SeededImageFolder.
-
-    Each file that had to be passed over is named once; more than ``limit`` of them in this process end the run.
+    Samples are numbered as they come, so that here their crops depend on the numbers of processes and workers too. Which sample
+    comes when is up to timm's readers, seeded by (seed, epoch).
     """
 
-    def __init__(self, loader, limit):
-        self.loader = loader
-        self.limit = limit
-        self.paths = set()
+    def __init__(self, source, transform, seed=0, rank=0, world_size=1):
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
 
     def __len__(self):
-        return len(self.loader)
+        return len(self.source)
 
     def set_epoch(self, epoch):
-        self.loader.sampler.set_epoch(epoch)
+        self.epoch = epoch
+        self.source.set_epoch(epoch)
 
     def __iter__(self):
-        for images, targets, samples, skipped in self.loader:
-            for i in skipped.nonzero()[:, 0].tolist():
-                self._report(samples[i].item(), skipped[i].item())
-            yield images, targets, samples
-
-    def _report(self, sample, skipped):
-        files = self.loader.dataset.samples
-        for k in range(sample, sample + skipped):
-            path = files[k % len(files)][0]
-            if path in self.paths:
-                continue
-            self.paths.add(path)
-            tqdm.write(f'Image {path} cannot be read; another one takes its place ({len(self.paths)} so far)', file=sys.stderr)
-        if len(self.paths) > self.limit or len(self.paths) == len(files):
-            raise UserError(f'{len(self.paths)} of {len(files)} images cannot be read, the last {path}; '
-                            'repair them, or allow more with --max_bad_images')
+        worker = torch.utils.data.get_worker_info()
+        first, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        for count, (image, target) in enumerate(self.source):
+            i = (count * workers + first) * self.world_size + self.rank
+            with seeded('augment', self.seed, self.epoch, i):
+                image = self.transform(image)
+            yield image, target, i, 0
 
 
-def build_pretrain_transform(args):
-    """MAE's augmentation: random resized crop of 20 to 100 % of the area, bicubic; flip; ImageNet's mean and deviation."""
-    return transforms.Compose([
-        transforms.RandomResizedCrop(args.input_size, scale=(0.2, 1.0), interpolation=BICUBIC),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+def build_dataset(is_train, args, transform=None):
+    """The training or the validation set of --data_path and --dataset: SeededDataset or SeededStream.
 
+    Reads args.data_path, dataset, train_split, val_split, seed, max_bad_images, batch_size, num_workers, rank, world_size; and
+    what build_transform reads, where no ``transform`` is given.
 
-def build_pretrain_loader(args):
-    """Loader over args.data_path/train with batches (images, classes, sample numbers); see SeededImageFolder.
-
-    Raises UserError where the folder is missing or gives not a single update of the weights in an epoch.
+    Raises:
+        UserError: there is nothing at that place, or it cannot be read.
     """
-    dataset = SeededImageFolder(
-        image_folder(args, 'train'), build_pretrain_transform(args), args.seed, limit=args.max_bad_images)
-    sampler = EpochSampler(dataset, num_replicas=args.world_size, rank=args.rank, shuffle=True,
-                           seed=seed_of('order', args.seed) % 2**32)  # the sampler adds the epoch to it
-    steps = len(sampler) // args.batch_size
-    if steps < args.accum_iter:
-        raise UserError(
-            f'{len(dataset)} images in {dataset.root} are fewer than one effective batch: --batch_size {args.batch_size} x '
-            f'--accum_iter {args.accum_iter} x {args.world_size} process(es); lower --batch_size')
-    loader = torch.utils.data.DataLoader(
-        dataset, sampler=sampler, batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=args.pin_mem,
-        drop_last=True, persistent_workers=args.num_workers > 0)
-    return UnreadableImages(loader, args.max_bad_images)
+    transform = transform or build_transform(is_train, args)
+    source = _open_timm(is_train, args) if args.dataset else _open_folder(is_train, args)
+    if isinstance(source, torch.utils.data.IterableDataset):
+        return SeededStream(source, transform, args.seed, args.rank, args.world_size)
+    if len(source) == 0:
+        raise UserError(f'--data_path {args.data_path}: there are no images in its {_split(is_train, args)} split')
+    return SeededDataset(source, transform, args.seed, args.max_bad_images, replace=is_train)
+
+
+def _open_folder(is_train, args):
+    root = image_folder(args, 'train' if is_train else 'val')
+    try:
+        folder = datasets.ImageFolder(root, allow_empty=True)
+    except FileNotFoundError:
+        raise UserError(f'--data_path: {root} has no class folders; put the images into {root}/CLASS/') from None
+    if not folder.samples:
+        raise UserError(f'--data_path: there are no images in the class folders of {root}')
+    return folder
 
 
 def image_folder(args, split):
@@ -133,21 +138,82 @@ def image_folder(args, split):
     return root
 
 
-def build_dataset(is_train, args):
-    """ImageFolder over train/ or val/ with the classifier's transform."""
-    return datasets.ImageFolder(image_folder(args, 'train' if is_train else 'val'), build_transform(is_train, args))
+def _split(is_train, args):
+    return args.train_split if is_train else args.val_split
+
+
+def _open_timm(is_train, args):
+    """timm's data set of the name in args.dataset; see timm.data.create_dataset for the names."""
+    try:
+        source = create_dataset(args.dataset, root=args.data_path, split=_split(is_train, args), is_training=is_train,
+                                batch_size=args.batch_size, seed=seed_of('order', args.seed) % 2**31)
+    except Exception as e:  # every reader has its own kinds
+        raise UserError(f'--dataset {args.dataset}, --data_path {args.data_path}, split {_split(is_train, args)}: '
+                        f'{first_line(e)}') from e
+    if isinstance(source, torch.utils.data.IterableDataset):
+        if hasattr(source, 'set_loader_cfg'):
+            source.set_loader_cfg(num_workers=args.num_workers)
+        if not is_train:
+            # Split between processes, a stream would be cut or padded to equal parts; all of it on each gives the exact accuracy.
+            source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
+    return source
+
+
+def class_names(dataset):
+    """The classes of a data set of build_dataset in the order of their numbers; None where the source does not tell."""
+    source = dataset.source
+    names = getattr(source, 'classes', None)
+    if names is None and getattr(getattr(source, 'reader', None), 'class_to_idx', None):
+        names = sorted(source.reader.class_to_idx, key=source.reader.class_to_idx.get)
+    return list(names) if names is not None else None
+
+
+def check_classes(args, *sets):
+    """Raise UserError unless each of the data sets has args.nb_classes classes, and all of them the same ones."""
+    known = [names for names in map(class_names, sets) if names is not None]
+    for names in known:
+        if len(names) != args.nb_classes:
+            raise UserError(f'--nb_classes {args.nb_classes}, but {args.data_path} has {len(names)} classes; '
+                            f'give --nb_classes {len(names)}')
+        if names != known[0]:
+            odd = sorted(set(names) ^ set(known[0])) or names
+            raise UserError(f'--data_path {args.data_path}: training and validation set have different classes; {odd[0]} is in '
+                            'one of them only')
+
+
+# ---- transforms ----
+
+NORMALISE = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+
+
+def build_pretrain_transform(args):
+    """MAE's augmentation: random resized crop of 20 to 100 % of the area, bicubic; flip; ImageNet's mean and deviation."""
+    crop = transforms.RandomResizedCrop(args.input_size, scale=(0.2, 1.0), interpolation=BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *NORMALISE])
 
 
 def build_transform(is_train, args):
     """Fine-tuning's transforms: timm's RandAugment and random erasing for training, resize and centre crop for evaluation."""
     if is_train:
-        return create_transform(
-            input_size=args.input_size, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
-            interpolation='bicubic', re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
-            mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+        try:
+            return create_transform(
+                input_size=args.input_size, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa or None,
+                interpolation='bicubic', re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
+                mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+        except (AssertionError, ValueError, KeyError, IndexError) as e:
+            raise UserError(f"--aa {args.aa} is no policy that timm knows, such as rand-m9-mstd0.5-inc1, or '' for none: "
+                            f'{first_line(e)}') from e
     crop_ratio = 224 / 256 if args.input_size <= 224 else 1.0
-    return transforms.Compose([
-        transforms.Resize(int(args.input_size / crop_ratio), interpolation=BICUBIC),
-        transforms.CenterCrop(args.input_size),
-        transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    return _centre(args.input_size, int(args.input_size / crop_ratio))
+
+
+def build_linprobe_transform(is_train, args):
+    """Linear probing's transforms (MAE, appendix A.1): random resized crop, flip; resize to 256 for 224 pixels, centre crop."""
+    if is_train:
+        crop = RandomResizedCrop(args.input_size, interpolation=BICUBIC)
+        return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *NORMALISE])
+    return _centre(args.input_size, args.input_size * 256 // 224)
+
+
+def _centre(size, resize):
+    return transforms.Compose([transforms.Resize(resize, interpolation=BICUBIC), transforms.CenterCrop(size), *NORMALISE])

@@ -1,2 +1,19 @@
+from contextlib import contextmanager
+
+
 class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong, where, what to do."""
+
+
+@contextmanager
+def as_user_error(where, *kinds):
+    """Exceptions of these ``kinds`` inside become a UserError that begins with ``where``: the flag or file at fault."""
+    try:
+        yield
+    except kinds as e:
+        raise UserError(f'{where}: {first_line(e)}') from e
+
+
+def first_line(error):
+    """First line of an exception's text, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

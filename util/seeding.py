@@ -34,6 +34,14 @@ def seeded(*parts):
         torch.set_rng_state(states[2])
 
 
+def seed_step(seed, epoch, step, rank):
+    """Seed the global generators, those of the GPUs too, for what one training step draws from them."""
+    value = seed_of('step', seed, epoch, step, rank)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
 def sample_noise(seed, epoch, samples, length):
     """Uniform noise in (0, 1), a row a sample, by hashing (seed, epoch, sample, column) with splitmix64.
 

@@ -6,8 +6,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import clip
 from clip.clip import MEAN, STD
-from util.checkpoint import first_line
-from util.errors import UserError
+from util.errors import UserError, first_line
 
 
 class Teacher(nn.Module):

@@ -1,0 +1,124 @@
+"""Training and evaluating a classifier: what fine-tuning and linear probing have in common."""
+
+import datetime
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from util import lr_sched, misc
+from util.logs import LossLog, log_epoch, open_log
+from util.seeding import seed_step
+
+
+def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=None, mixup_fn=None,
+                    log_writer=None, args=None):
+    """Train for one pass over ``data_loader`` and return {'loss': ..., 'lr': ...}, means over steps and processes.
+
+    Args:
+        model: from images to logits [N, num_classes], or DDP around one.
+        criterion: loss of logits and targets: classes [N], or what ``mixup_fn`` makes of them.
+        data_loader: gives (images [N, 3, H, W], classes [N], sample numbers [N]).
+        max_norm: gradients are clipped to this norm; None: not.
+        mixup_fn: timm.data.Mixup, or None.
+
+    Raises:
+        UserError: the loss is no longer finite. Nothing is saved then, so the last checkpoint is still good.
+    """
+    model.train()
+    optimizer.zero_grad()
+    metrics = misc.MetricLogger()
+    metrics.add_meter('loss', misc.SmoothedValue())
+    metrics.add_meter('lr', misc.SmoothedValue(window_size=1, fmt='{value:.2e}'))
+    losses = LossLog(metrics, log_writer, 'loss', epoch, len(data_loader), args.accum_iter)
+
+    batches = metrics.log_every(
+        data_loader, args.print_freq, f'Epoch [{epoch}]', items_per_step=args.batch_size * args.world_size,
+        steps_after=(args.epochs - epoch - 1) * len(data_loader))
+    for step, (samples, targets, _) in enumerate(batches):
+        if step % args.accum_iter == 0:
+            lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / len(data_loader), args)
+        update = (step + 1) % args.accum_iter == 0
+        samples, targets = samples.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        seed_step(args.seed, epoch, step, args.rank)  # mixup and stochastic depth draw from the global generators
+        if mixup_fn is not None:
+            samples, targets = mixup_fn(samples, targets)
+
+        with misc.no_sync(model, not update), misc.autocast(device, args.amp):
+            loss = criterion(model(samples), targets)
+        loss_scaler(loss / args.accum_iter, optimizer, clip_grad=max_norm, parameters=model.parameters(), update_grad=update)
+        if update:
+            optimizer.zero_grad()
+        losses.add(step, lr, loss)
+
+    metrics.synchronize_between_processes()
+    print(f'Epoch [{epoch}] mean  {metrics}')
+    return {name: meter.global_avg for name, meter in metrics.meters.items()}
+
+
+@torch.no_grad()
+def evaluate(data_loader, model, device, amp='fp32', print_freq=20):
+    """Accuracy over all images that the processes' loaders give together, each image with equal weight.
+
+    The loaders may be of different lengths: the processes meet only at the end.
+
+    Returns:
+        {'loss': mean cross-entropy, 'acc1': top-1, 'acc5': top-5 accuracy, both in per cent}.
+    """
+    model = getattr(model, 'module', model)  # DDP's forward would wait for the other processes in every step
+    if misc.get_world_size() > 1:
+        for buffer in model.buffers():  # the batch norm of linear probing: its statistics are the first process's
+            dist.broadcast(buffer, 0)
+    model.eval()
+    # images, loss, right at first, right among five, a row a batch: nothing waits for the device until the end
+    sums = [torch.zeros(4, device=device)]
+    for samples, targets, _ in misc.MetricLogger().log_every(data_loader, print_freq, 'Evaluation'):
+        samples, targets = samples.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        with misc.autocast(device, amp):
+            logits = model(samples)
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss = F.cross_entropy(logits, targets, reduction='sum')
+        counts = torch.tensor(float(len(targets)), device=device), loss, hits[:, 0].sum(), hits.any(dim=1).sum()
+        sums.append(torch.stack(counts))
+    total = torch.stack(sums).cpu().double().sum(dim=0).to(device if misc.get_world_size() > 1 else 'cpu')
+    if misc.get_world_size() > 1:
+        dist.all_reduce(total)
+    images, loss, top1, top5 = total.tolist()
+    return {'loss': loss / images, 'acc1': 100 * top1 / images, 'acc5': 100 * top5 / images}
+
+
+def print_accuracy(test_stats, data_loader):
+    print(f'Accuracy of the network on the {len(data_loader.dataset)} test images: {test_stats["acc1"]:.2f}% '
+          f'(top-5 {test_stats["acc5"]:.2f}%, loss {test_stats["loss"]:.4f})')
+
+
+def fit(args, model, model_without_ddp, criterion, loader_train, loader_val, optimizer, loss_scaler, device, mixup_fn=None,
+        max_accuracy=-1.0):
+    """Train from args.start_epoch to args.epochs; after every epoch evaluate, log and save. Prints the best accuracy.
+
+    Args:
+        max_accuracy: the best top-1 accuracy so far in per cent, of a run that is resumed; -1: none yet.
+    """
+    log_writer = open_log(args)
+    n_parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
+    start = time.time()
+    for epoch in range(args.start_epoch, args.epochs):
+        loader_train.set_epoch(epoch)
+        train_stats = train_one_epoch(
+            model, criterion, loader_train, optimizer, device, epoch, loss_scaler, max_norm=getattr(args, 'clip_grad', None),
+            mixup_fn=mixup_fn, log_writer=log_writer, args=args)
+        test_stats = evaluate(loader_val, model_without_ddp, device, args.amp, args.print_freq)
+        is_best = test_stats['acc1'] > max_accuracy
+        max_accuracy = max(max_accuracy, test_stats['acc1'])
+        print(f'Epoch [{epoch}] top-1 {test_stats["acc1"]:.2f} %, top-5 {test_stats["acc5"]:.2f} %, '
+              f'loss {test_stats["loss"]:.4f}; best top-1 {max_accuracy:.2f} %')
+        misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is_best, max_accuracy=max_accuracy)
+        if log_writer is not None:
+            for name in ('acc1', 'acc5', 'loss'):
+                log_writer.add_scalar(f'perf/test_{name}', test_stats[name], epoch)
+        log_epoch(args, log_writer, {
+            **{f'train_{k}': v for k, v in train_stats.items()}, **{f'test_{k}': v for k, v in test_stats.items()},
+            'epoch': epoch, 'n_parameters': n_parameters})
+    print(f'Training time {datetime.timedelta(seconds=int(time.time() - start))}')

@@ -1,0 +1,97 @@
+"""The processes of a run: how they find each other, and what they say together."""
+
+import builtins
+import os
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from util.errors import UserError
+
+
+def is_dist_avail_and_initialized():
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size():
+    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
+
+
+def get_rank():
+    return dist.get_rank() if is_dist_avail_and_initialized() else 0
+
+
+def is_main_process():
+    return get_rank() == 0
+
+
+def setup_for_distributed(is_master):
+    """Silence print on all processes but the first; print(..., force=True) speaks on any."""
+    builtin_print = builtins.print
+
+    def print_on_master(*args, force=False, **kwargs):
+        if is_master or force:
+            builtin_print(*args, **kwargs)
+
+    builtins.print = print_on_master
+
+
+def init_distributed_mode(args):
+    """Join the processes of this job, if it has several.
+
+    Reads what torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK or --local_rank), Open MPI (--dist_on_itp) or
+    srun (SLURM_*) leave in the environment, and sets args.rank, args.world_size, args.local_rank, args.distributed. NCCL on
+    CUDA, Gloo on the CPU.
+    """
+    env = os.environ
+    if args.dist_on_itp:
+        ranks = [env['OMPI_COMM_WORLD_RANK'], env['OMPI_COMM_WORLD_SIZE'], env['OMPI_COMM_WORLD_LOCAL_RANK']]
+        args.dist_url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    elif 'RANK' in env and 'WORLD_SIZE' in env:
+        ranks = [env['RANK'], env['WORLD_SIZE'], env.get('LOCAL_RANK', args.local_rank)]
+    elif int(env.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in env:
+        ranks = [env['SLURM_PROCID'], env['SLURM_NTASKS'], env['SLURM_LOCALID']]
+    else:
+        ranks = [0, 1, 0]
+    args.rank, args.world_size, args.local_rank = map(int, ranks)
+    args.distributed = args.world_size > 1
+    setup_for_distributed(args.rank == 0)
+    if not args.distributed:
+        return
+
+    if args.device.startswith('cuda'):
+        if args.local_rank >= torch.cuda.device_count():
+            raise UserError(f'process {args.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; '
+                            'start as many processes as there are GPUs (--nproc_per_node)')
+        args.device = f'cuda:{args.local_rank}'
+        torch.cuda.set_device(args.local_rank)
+        dist.init_process_group('nccl', init_method=args.dist_url, world_size=args.world_size, rank=args.rank,
+                                device_id=torch.device(args.device))
+    else:
+        dist.init_process_group('gloo', init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
+
+
+def distribute(args, model, device):
+    """``model`` itself with one process; with many, DDP around it."""
+    if not args.distributed:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+
+
+def all_reduce_mean(x):
+    """Mean over the processes: a number gives a number, a tensor gives a tensor."""
+    if not isinstance(x, torch.Tensor):
+        device = 'cuda' if is_dist_avail_and_initialized() and dist.get_backend() == 'nccl' else 'cpu'
+        return all_reduce_mean(torch.tensor(float(x), device=device)).item()
+    if get_world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= get_world_size()
+    return x
+
+
+def no_sync(model, wanted=True):
+    """Context in which a DDP model, if it is one, leaves its gradients unreduced: for all but the last of accumulated steps."""
+    return model.no_sync() if wanted and hasattr(model, 'no_sync') else nullcontext()

@@ -1,0 +1,120 @@
+"""Loaders: which samples a process sees in which order, and what becomes of images that cannot be read."""
+
+import sys
+
+import torch
+from tqdm import tqdm
+
+from util.datasets import SeededStream, build_dataset, check_classes
+from util.errors import UserError
+from util.seeding import seed_of
+
+
+class EpochSampler(torch.utils.data.DistributedSampler):
+    """DistributedSampler that tells the workers the epoch: it yields (epoch, i). Any number of ranks share one order."""
+
+    def __iter__(self):
+        return ((self.epoch, i) for i in super().__iter__())
+
+
+class Batches:
+    """Batches (images [N, 3, H, W], classes [N], sample numbers [N]) of a loader over a set of util/datasets.py.
+
+    Each file that had to be passed over is named once; more than ``limit`` of them in this process end the run. In evaluation they
+    are left out of the batch.
+
+    Args:
+        num_classes: a class outside [0, num_classes) is a UserError; None: not looked at.
+    """
+
+    def __init__(self, loader, limit, num_classes=None, evaluation=False):
+        self.loader = loader
+        self.limit = limit
+        self.num_classes = num_classes
+        self.evaluation = evaluation
+        self.unreadable = set()
+
+    @property
+    def dataset(self):
+        return self.loader.dataset
+
+    def __len__(self):
+        return len(self.loader)
+
+    def set_epoch(self, epoch):
+        (self.loader.sampler if hasattr(self.loader.sampler, 'set_epoch') else self.loader.dataset).set_epoch(epoch)
+        # The workers' own seeds are drawn from this generator; timm's streams shuffle by them.
+        self.loader.generator.manual_seed(seed_of('workers', self.loader.dataset.seed, epoch))
+
+    def __iter__(self):
+        for images, targets, samples, skipped in self.loader:
+            if skipped.any():
+                for i in skipped.nonzero()[:, 0].tolist():
+                    self._report(samples[i].item(), skipped[i].item())
+                if self.evaluation:
+                    images, targets, samples = images[skipped == 0], targets[skipped == 0], samples[skipped == 0]
+            if self.num_classes is not None and ((targets < 0) | (targets >= self.num_classes)).any():
+                raise UserError(f'class {targets.max()} in the data: --nb_classes {self.num_classes} is too small, or an image '
+                                'has no class')
+            yield images, targets, samples
+
+    def _report(self, sample, skipped):
+        dataset = self.loader.dataset
+        for k in range(sample, sample + skipped):
+            name = dataset.name(k % len(dataset))
+            if name in self.unreadable:
+                continue
+            self.unreadable.add(name)
+            what = 'it is left out' if self.evaluation else 'another one takes its place'
+            tqdm.write(f'Image {name} cannot be read; {what} ({len(self.unreadable)} so far)', file=sys.stderr)
+        if len(self.unreadable) > self.limit or len(self.unreadable) == len(dataset):
+            raise UserError(f'{len(self.unreadable)} of {len(dataset)} images cannot be read, the last {name}; '
+                            'repair them, or allow more with --max_bad_images')
+
+
+def build_loaders(args, build_transform):
+    """(training, validation) Batches of a classifier's data; the former is None with args.eval.
+
+    Args:
+        build_transform: from (is_train, args) to a transform.
+
+    Raises:
+        UserError: what build_dataset, check_classes and build_loader raise.
+    """
+    val = build_dataset(False, args, build_transform(False, args))
+    if args.eval:
+        check_classes(args, val)
+        return None, build_loader(args, val, is_train=False)
+    train = build_dataset(True, args, build_transform(True, args))
+    check_classes(args, train, val)
+    return build_loader(args, train), build_loader(args, val, is_train=False)
+
+
+def build_loader(args, dataset, is_train=True):
+    """Batches of ``dataset``.
+
+    For training: shuffled, this process's share, whole batches. For evaluation: in order, every sample once; with args.dist_eval
+    this process's share of them, which need not be as long as the others'.
+
+    Raises:
+        UserError: a training set that gives not a single update of the weights in an epoch.
+    """
+    stream = isinstance(dataset, SeededStream)
+    if stream:
+        sampler = None
+    elif is_train:
+        sampler = EpochSampler(dataset, num_replicas=args.world_size, rank=args.rank, shuffle=True,
+                               seed=seed_of('order', args.seed) % 2**32)  # the sampler adds the epoch to it
+    else:
+        sampler = range(args.rank, len(dataset), args.world_size) if args.dist_eval else range(len(dataset))
+    if is_train and len(dataset if stream else sampler) // args.batch_size < args.accum_iter:
+        raise UserError(
+            f'{len(dataset)} images in {args.data_path} are fewer than one effective batch: --batch_size {args.batch_size} x '
+            f'--accum_iter {args.accum_iter} x {args.world_size} process(es); lower --batch_size')
+    # A stream's state stays in its workers: it needs at least one, and new ones every epoch, to begin every epoch alike.
+    workers = max(1, args.num_workers) if stream else args.num_workers
+    loader = torch.utils.data.DataLoader(
+        dataset, sampler=sampler, batch_size=args.batch_size, num_workers=workers, pin_memory=args.pin_mem, drop_last=is_train,
+        persistent_workers=workers > 0 and not stream, generator=torch.Generator())
+    return Batches(loader, args.max_bad_images, getattr(args, 'nb_classes', None), evaluation=not is_train)
+
