@@ -101,6 +101,9 @@ def fit(args, model, model_without_ddp, criterion, loader_train, loader_val, opt
     Args:
         max_accuracy: the best top-1 accuracy so far in per cent, of a run that is resumed; -1: none yet.
     """
+    if args.start_epoch >= args.epochs:
+        print(f'Nothing to do: all of --epochs {args.epochs} are done')
+        return
     log_writer = open_log(args)
     n_parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
     start = time.time()

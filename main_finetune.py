@@ -81,7 +81,7 @@ def main(args):
         model_without_ddp = MODELS[args.model](
             img_size=args.input_size, num_classes=args.nb_classes, drop_path_rate=args.drop_path,
             global_pool=args.global_pool, global_pool_wcls=args.global_pool_wcls)
-    if args.finetune:
+    if args.finetune and not args.resume:  # a run that goes on has all its weights in that file
         load_pretrained(args, model_without_ddp)
     model_without_ddp.to(device)
     parameters = sum(p.numel() for p in model_without_ddp.parameters())

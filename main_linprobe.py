@@ -37,7 +37,7 @@ def main(args):
     # features of unlike scales learn at one rate only when each is normalised; without affine, the classifier stays linear
     norm = nn.BatchNorm1d(model_without_ddp.head.in_features, affine=False, eps=1e-6)
     model_without_ddp.head = nn.Sequential(norm, model_without_ddp.head)
-    if args.finetune:
+    if args.finetune and not args.resume:  # a run that goes on has all its weights in that file
         load_pretrained(args, model_without_ddp)
     model_without_ddp.freeze_encoder().to(device)
     parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)

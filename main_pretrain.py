@@ -7,7 +7,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 
 from engine_pretrain import train_one_epoch
-from models_milan import MODELS
+from models_milan import MODELS, count_visible
 from util import misc
 from util.arguments import Parser, add_common_arguments, bounded, setup
 from util.datasets import build_dataset, build_pretrain_transform
@@ -23,7 +23,7 @@ def get_args_parser():
     parser = Parser('main_pretrain.py', description=__doc__)
     group = parser.add_argument_group('model and method')
     group.add_argument('--model', default='mae_vit_large_patch16', choices=MODELS, metavar='NAME', help=', '.join(MODELS))
-    group.add_argument('--input_size', default=224, type=bounded(int, 1), help='pixels along a side')
+    group.add_argument('--input_size', default=224, type=bounded(int, 1, 4096), help='pixels along a side')
     group.add_argument('--mask_ratio', default=0.75, type=bounded(float, 0, 1, open_high=True), help='share of patches hidden')
     group.add_argument('--norm_pix_loss', action='store_true', help='normalise the pixels of each target patch')
     group.add_argument('--use_clip', action='store_true', help="predict the teacher's features instead of pixels")
@@ -51,7 +51,7 @@ def build_model(args, teacher):
             img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=args.use_clip, attn_mask=args.attn_mask,
             change_decoder=args.change_decoder, target_dim=teacher.dim if teacher else None)
     grid = model.patch_embed.grid_size[0]
-    visible = int(grid * grid * (1 - args.mask_ratio))
+    visible = count_visible(grid * grid, args.mask_ratio)
     if teacher and teacher.grid_size != grid:
         raise UserError(f'the teacher {args.clip_path} has {teacher.grid_size}x{teacher.grid_size} patches and {args.model} at '
                         f'--input_size {args.input_size} has {grid}x{grid}; take a teacher of the same patch size')

@@ -38,6 +38,11 @@ def patch_order(noise, importance=None):
     return scores.argsort(dim=1, descending=True)
 
 
+def count_visible(num_patches, mask_ratio):
+    """K, the number of patches that the encoder sees."""
+    return int(num_patches * (1 - mask_ratio))
+
+
 def take(x, ids):
     """Rows ``ids`` [N, K] of ``x`` [N, L, D] (or [1, L, D], shared by the batch) -> [N, K, D]."""
     x = x.expand(ids.shape[0], -1, -1)
@@ -208,6 +213,7 @@ class MaskedAutoencoderViT(nn.Module):
         """
         pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
         if self.use_clip:
+            clip_tokens = clip_tokens.detach()  # the teacher is frozen, whoever calls
             target = torch.cat([clip_tokens[:, :1], take(clip_tokens[:, 1:], ids_shuffle)], dim=1).to(pred.dtype)
             cos = (F.normalize(pred, dim=-1) * F.normalize(target, dim=-1)).sum(dim=-1)
             return (2 - 2 * cos).mean()
@@ -222,7 +228,7 @@ class MaskedAutoencoderViT(nn.Module):
 
         Args:
             imgs: [N, C, H, W], normalised.
-            mask_ratio: share of patches hidden from the encoder, in [0, 1); K = int(L * (1 - mask_ratio)) stay visible.
+            mask_ratio: share of patches hidden from the encoder, in [0, 1); count_visible says how many stay visible.
             clip_teacher: (tokens [N, L+1, target_dim], importance [N, L]) of the teacher for these images; needed with use_clip
                 (tokens) and attn_mask (importance).
             ids_shuffle: [N, L], the patches in the order to draw them; drawn here from torch's generator if not given.
@@ -231,13 +237,22 @@ class MaskedAutoencoderViT(nn.Module):
             loss: scalar.
             pred: in image order: [N, L+1, target_dim] with the class token first, or pixels [N, L, p*p*C] without use_clip.
             mask: [N, L] in image order, 1 = masked, 0 = visible.
+
+        Raises:
+            ValueError: a teacher that is needed and not given, or a mask_ratio that leaves nothing to see or to predict.
         """
         tokens, importance = clip_teacher if clip_teacher is not None else (None, None)
         n, length = imgs.shape[0], self.patch_embed.num_patches
+        visible = count_visible(length, mask_ratio)
+        if visible < 1 or visible == length and not self.use_clip:
+            raise ValueError(f'mask_ratio {mask_ratio} leaves {visible} of {length} patches visible: nothing to learn from')
+        if self.use_clip and tokens is None:
+            raise ValueError("use_clip needs the teacher's tokens: give clip_teacher")
+        if self.attn_mask and importance is None and ids_shuffle is None:
+            raise ValueError("attn_mask needs the teacher's importance: give clip_teacher")
         if ids_shuffle is None:
             noise = torch.rand(n, length, device=imgs.device).clamp_min(1e-12)
             ids_shuffle = patch_order(noise, importance if self.attn_mask else None)
-        visible = int(length * (1 - mask_ratio))
 
         latent = self.forward_encoder(imgs, ids_shuffle[:, :visible])
         pred = self.forward_decoder(latent, ids_shuffle)

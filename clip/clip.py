@@ -1,7 +1,6 @@
 """Loading CLIP by name or from a file, and tokenizing text, under the names of OpenAI's package."""
 
 import os
-import pickle
 import warnings
 import zipfile
 from functools import lru_cache
@@ -9,7 +8,9 @@ from functools import lru_cache
 import torch
 from torchvision import transforms
 
+from util.checkpoint import read_weights
 from util.download import download
+from util.errors import UserError, first_line
 
 from .model import build_model
 from .simple_tokenizer import SimpleTokenizer
@@ -33,7 +34,7 @@ def available_models():
     return list(_MODELS)
 
 
-def load(name_or_path, device=None, download_root=None):
+def load(name_or_path, device=None, jit=False, download_root=None):
     """A CLIP from a file or by name.
 
     A name is looked for in the working directory first, then in the cache, ~/.cache/clip as in OpenAI's package, and
@@ -42,6 +43,7 @@ def load(name_or_path, device=None, download_root=None):
     Args:
         name_or_path: one of available_models(), or a file: OpenAI's TorchScript archive or a state dict saved by torch.save.
         device: where the model goes; None: CUDA where there is one, else the CPU.
+        jit: must be False; it stands here because OpenAI's package has it.
         download_root: the cache.
 
     Returns:
@@ -52,6 +54,8 @@ def load(name_or_path, device=None, download_root=None):
         FileNotFoundError: neither a file nor a known name. ValueError: a file that is not a ViT CLIP.
         OSError: the download failed.
     """
+    if jit:
+        raise ValueError('jit=True is not supported: the model is plain PyTorch')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     path = find(name_or_path, download_root)
     model = build_model(read_state_dict(path)).to(device)
@@ -77,19 +81,13 @@ def find(name_or_path, download_root=None):
 def read_state_dict(path):
     """The state dict in an OpenAI archive or a torch.save file; nothing but tensors is unpickled."""
     try:
+        if not _is_torchscript(path):
+            return read_weights(path)[1]
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # TorchScript is deprecated, but it is the format of the released files
-            if _is_torchscript(path):
-                return torch.jit.load(path, map_location='cpu').state_dict()
-            state_dict = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as e:
-        reason = str(e).strip().splitlines()[:1] or ['the file ends too early']
-        raise ValueError(f'{path} cannot be read as a CLIP checkpoint (damaged or of another kind): {reason[0]}') from None
-    if isinstance(state_dict, dict):
-        state_dict = state_dict.get('state_dict', state_dict)
-    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
-        raise ValueError(f'{path} holds no state dict')
-    return {k.removeprefix('module.'): v for k, v in state_dict.items()}
+            return torch.jit.load(path, map_location='cpu').state_dict()
+    except (UserError, RuntimeError, zipfile.BadZipFile) as e:
+        raise ValueError(f'{path} cannot be read as a CLIP checkpoint: {first_line(e)}') from None
 
 
 def _is_torchscript(path):

@@ -1,3 +1,7 @@
+import builtins
+import contextlib
+import importlib
+import io
 import json
 import os
 import shutil
@@ -5,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +26,9 @@ from deterministic import load_deterministic  # noqa: E402
 from openai_archive import save_archive  # noqa: E402
 
 import clip  # noqa: E402
+from util import misc  # noqa: E402
+
+torch.set_num_threads(1)  # pytest runs as many workers as there are cores
 
 
 def golden(name):
@@ -47,8 +55,26 @@ def run(*command, cwd=ROOT, env=None, timeout=300):
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def pretrain(*flags, launcher=(sys.executable,), **kwargs):
-    return run(*launcher, ROOT / 'main_pretrain.py', *flags, **kwargs)
+def script(name):
+    """A function that runs the script ``name`` with flags: as real processes where a launcher or an environment is given, in this
+    process where not, which spares an interpreter's start; a CompletedProcess either way."""
+    def start(*flags, launcher=None, **kwargs):
+        if launcher or kwargs:
+            return run(*(launcher or (sys.executable,)), ROOT / f'{name}.py', *flags, **kwargs)
+        module = importlib.import_module(name)
+        out, err, code, builtin_print = io.StringIO(), io.StringIO(), 0, builtins.print
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                misc.run(module.main, module.get_args_parser().parse_args([str(f) for f in flags]))
+            except SystemExit as e:
+                code = e.code
+            finally:
+                builtins.print = builtin_print  # the scripts put their own in its place
+        return subprocess.CompletedProcess([name, *flags], code, out.getvalue(), err.getvalue())
+    return start
+
+
+pretrain, finetune, linprobe = map(script, ('main_pretrain', 'main_finetune', 'main_linprobe'))
 
 
 def torchrun(processes):
@@ -64,8 +90,8 @@ def launch(processes, *flags):
 
 
 def draw_photo(path, seed, size):
-    """A picture with some content, for where no photograph is at hand."""
-    rng = np.random.default_rng(seed)
+    """A picture with some content, for where no photograph is at hand. The seed: an int or a tuple."""
+    rng = np.random.default_rng(zlib.crc32(repr(seed).encode()))
     image = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
     box = [size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2]
     ImageDraw.Draw(image).ellipse(box, fill=tuple(rng.integers(0, 255, 3).tolist()))
@@ -80,6 +106,34 @@ def small_images(tmp_path_factory):
     for i in range(24):
         draw_photo(root / 'train' / f'class{i % 3}' / f'{i:02d}.png', i, (70 + 3 * i, 90 - i))
     return root
+
+
+@pytest.fixture(scope='session')
+def labelled_images(tmp_path_factory):
+    """train/ of 24 and val/ of 13 small pictures in 3 classes: numbers that 2 processes and a batch of 4 do not divide evenly."""
+    root = tmp_path_factory.mktemp('labelled')
+    for split, count in (('train', 24), ('val', 13)):
+        for i in range(count):
+            draw_photo(root / split / f'class{i % 3}' / f'{i:02d}.png', (split, i % 3, i), (40 + i, 50 - i))
+    return root
+
+
+@pytest.fixture(scope='session')
+def pretrained(small_images, tmp_path_factory):
+    """A checkpoint of main_pretrain.py for 64-pixel images."""
+    out = tmp_path_factory.mktemp('pretrained')
+    result = pretrain('--model', 'mae_vit_tiny_patch8', '--input_size', 64, '--batch_size', 8, '--data_path', small_images,
+                      '--epochs', 1, '--warmup_epochs', 0, '--num_workers', 0, '--output_dir', out, '--log_dir', '')
+    assert result.returncode == 0, result.stderr
+    return out / 'checkpoint-0.pth'
+
+
+@pytest.fixture
+def classifier_flags(labelled_images, pretrained, tmp_path):
+    """Flags of a fine-tuning or probing run of seconds: 24 images, 3 steps an epoch, 32 pixels."""
+    return ['--model', 'vit_tiny_patch8', '--input_size', 32, '--nb_classes', 3, '--batch_size', 8, '--num_workers', 0,
+            '--data_path', labelled_images, '--finetune', pretrained, '--warmup_epochs', 1, '--epochs', 2,
+            '--output_dir', tmp_path / 'out', '--log_dir', tmp_path / 'out', '--print_freq', 2]
 
 
 @pytest.fixture(scope='session')

@@ -92,7 +92,7 @@ def test_available_models():
 @pytest.mark.parametrize('content, message', [
     ({'visual.layer1.0.conv1.weight': torch.zeros(1)}, 'ResNet'),
     ({'weight': torch.zeros(1)}, 'no visual.conv1.weight'),
-    ({'model': 'text'}, 'no state dict'),
+    ({'model': 'text'}, 'no weights in it'),
     (None, 'cannot be read'),
     ('cut', 'cannot be read'),
     ('shape', 'size mismatch'),

@@ -1,6 +1,7 @@
 """main_pretrain.py as users run it: real processes, real files."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from conftest import launch, pretrain, run, torchrun
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.optim import param_groups_weight_decay
 
 from main_pretrain import get_args_parser
+from models_milan import MODELS
 
 PUBLISHED = ['--model', 'mae_vit_base_patch16', '--mask_ratio', '0.75', '--warmup_epochs', 40, '--blr', '1.5e-4',
              '--weight_decay', '0.05', '--use_clip', '--change_decoder', '--attn_mask', '--accum_iter', 2]
@@ -217,12 +220,16 @@ WRONG = {
     'resume absent': (['--resume', 'nowhere.pth'], [], 'nowhere.pth does not exist'),
     'resume truncated': (['--resume', 'TRUNCATED'], [], 'cannot be read'),
     'resume of another model': (['--resume', 'OTHER'], [], 'another model'),
-    'resume with code inside': (['--resume', 'FOREIGN'], [], 'cannot be read'),
+    'resume with code inside': (['--resume', 'FOREIGN'], [], 'is refused: it holds print'),
     'too many targets': (['--average_targets', 3], [], 'has 2 blocks'),
     'no gpu': (['--device', 'cuda'], [], '--device cuda'),
     'no such device': (['--device', 'gpu'], [], '--device gpu'),
+    'open mpi absent': (['--dist_on_itp'], [], 'OMPI_COMM_WORLD_RANK'),
+    'resume without moments': (['--resume', 'NO_MOMENTS'], [], 'optimiser state does not fit'),
+    'resume of other moments': (['--resume', 'OTHER_MOMENTS'], [], 'optimiser state does not fit: exp_avg of shape [1, 1, 3]'),
+    'resume of no epoch': (['--resume', 'NO_EPOCH'], [], 'optimiser state does not fit'),
     'output is a file': (['--output_dir', __file__], [], '--output_dir'),
-    'not finite': (['--lr', '1e30', '--epochs', 3, '--warmup_epochs', 0], [], 'the loss is nan'),
+    'not finite': (['--lr', '1e9', '--epochs', 3, '--warmup_epochs', 0], [], 'the loss is nan'),
 }
 
 WRONG_VALUES = {
@@ -230,6 +237,8 @@ WRONG_VALUES = {
     'mask ratio 1': (['--mask_ratio', '1'], '1 is outside [0, 1)'),
     'mask ratio negative': (['--mask_ratio', '-0.1'], '--mask_ratio'),
     'mask ratio nan': (['--mask_ratio', 'nan'], '--mask_ratio'),
+    'rate infinite': (['--lr', 'inf'], '--lr'),
+    'seed too large': (['--seed', str(2**70)], '--seed'),
     'batch size zero': (['--batch_size', '0'], '--batch_size'),
     'not a number': (['--epochs', 'many'], "invalid int value: 'many'"),
     'unknown flag': (['--maskratio', '1'], '--maskratio'),
@@ -260,6 +269,16 @@ def wrong_files(tmp_path_factory):
     (root / 'NO_CLASSES' / 'train').mkdir(parents=True)
     (root / 'NO_IMAGES' / 'train' / 'class').mkdir(parents=True)
     torch.save({'model': {'cls_token': torch.zeros(1, 1, 48)}, 'epoch': 0, 'optimizer': {}}, root / 'OTHER')
+    model = MODELS['mae_vit_tiny_patch8'](use_clip=True, change_decoder=True, attn_mask=True, target_dim=48)
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    whole = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': 0, 'scaler': {}}
+    torch.save({**whole, 'optimizer': {}}, root / 'NO_MOMENTS')
+    torch.save({**whole, 'epoch': 'zero'}, root / 'NO_EPOCH')
+    whole['optimizer']['state'][0]['exp_avg'] = torch.zeros(1, 1, 3)
+    torch.save(whole, root / 'OTHER_MOMENTS')
     (root / 'TRUNCATED').write_bytes((root / 'OTHER').read_bytes()[:-300])
     torch.save({'model': {}, 'args': Foreign()}, root / 'FOREIGN')
     return root
@@ -291,6 +310,17 @@ def test_wrong_use_is_said_once_by_many_processes(milan_flags):
     result = pretrain(*milan_flags, '--data_path', '/nowhere', launcher=torchrun(2))
     assert result.returncode != 0
     assert result.stderr.count('error: --data_path /nowhere') == 1
+
+
+def test_one_process_ends_the_others(milan_flags, small_images, tmp_path):
+    """What is wrong is said by the process that has met it, and no other adds a traceback."""
+    shutil.copytree(small_images, tmp_path / 'data')
+    (tmp_path / 'data' / 'train' / 'class1' / '07.png').write_bytes(b'')
+    result = pretrain(*milan_flags, '--data_path', tmp_path / 'data', '--max_bad_images', 0, '--epochs', 1, launcher=torchrun(2))
+    assert result.returncode != 0
+    assert result.stderr.count('error: 1 of 24 images cannot be read') == 1
+    scripts = result.stderr[:result.stderr.find('torch/distributed')]  # the launcher's own report follows
+    assert 'Traceback' not in scripts, result.stderr
 
 
 def test_help_is_complete():

@@ -10,6 +10,7 @@ import struct
 import sys
 import termios
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, pretrain, run
@@ -19,7 +20,7 @@ from torchvision.datasets import ImageFolder
 from util import misc
 from util.checkpoint import load, save_on_master
 from util.crop import RandomResizedCrop
-from util.datasets import SeededDataset, build_dataset, build_pretrain_transform, class_names
+from util.datasets import SeededDataset, build_dataset, build_pretrain_transform, class_names, read_image
 from util.errors import UserError
 from util.loader import EpochSampler
 
@@ -101,12 +102,13 @@ def test_log_lines(capsys):
     assert all('images/s' in line and 'eta' in line for line in lines)
 
 
-def test_bar_on_a_terminal():
-    """One bar that is redrawn, instead of lines."""
+@pytest.mark.parametrize('columns', [140, 80, 0])
+def test_bar_on_a_terminal(columns):
+    """One bar that is redrawn, instead of lines; lines where it would be cut off."""
     code = ('import time; from util.misc import MetricLogger; m = MetricLogger()\n'
             'for i in m.log_every(range(9), 3, "Epoch [0]"): m.update(loss=i); time.sleep(0.02)')
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
     pid = os.fork()
     if pid == 0:
         os.dup2(slave, 1)
@@ -122,7 +124,7 @@ def test_bar_on_a_terminal():
         pass
     assert os.waitpid(pid, 0)[1] == 0
     text = shown.decode()
-    assert '9/9' in text and 'loss: 4.0000 (4.0000)' in text and 'Epoch [0] [' not in text
+    assert '9/9' in text and 'loss: 4.0000 (4.0000)' in text and ('Epoch [0] [' in text) == (columns < 140)
 
 
 @pytest.mark.parametrize('enabled', [False, True])
@@ -159,6 +161,32 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         signal.signal(signal.SIGXFSZ, before)
     assert [p.name for p in tmp_path.iterdir()] == ['checkpoint-0.pth']
     assert torch.equal(load(path)['model']['w'], torch.zeros(10))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The last step of an epoch can break them after its loss was found to be good."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    args = argparse.Namespace(output_dir=tmp_path, save_every=1, epochs=3)
+    scaler = misc.NativeScalerWithGradNormCount(enabled=False, device='cpu')
+    misc.save_model(args, 0, model, model, optimizer, scaler)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert before.keys() == {'checkpoint-0.pth', 'checkpoint-last.pth'}
+    model.weight.data[0, 1] = float('inf')
+    with pytest.raises(UserError, match='no longer finite after epoch 1'):
+        misc.save_model(args, 1, model, model, optimizer, scaler)
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+def test_deep_images_keep_their_values(tmp_path):
+    """16 bits become 8 without clipping, from PNG and TIFF; floating-point pictures are refused."""
+    ramp = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    for name in ('a.png', 'a.tif'):
+        Image.fromarray(ramp).save(tmp_path / name)
+        assert (np.asarray(read_image(tmp_path / name)) == (ramp >> 8)[..., None]).all()
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / 'f.tif')
+    with pytest.raises(ValueError, match='no known range'):
+        read_image(tmp_path / 'f.tif')
 
 
 def test_a_published_checkpoint_resumes(milan_flags, tmp_path):

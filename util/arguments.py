@@ -1,6 +1,7 @@
 """What the scripts' command lines have in common."""
 
 import argparse
+import math
 import os
 import sys
 
@@ -26,10 +27,11 @@ class _Device(argparse.Action):
 
 
 def bounded(kind, low=None, high=None, open_high=False):
-    """An argparse type: ``kind`` within [low, high], or [low, high) with ``open_high``."""
+    """An argparse type: a finite ``kind`` within [low, high], or [low, high) with ``open_high``."""
     def convert(text):
         value = kind(text)
-        inside = (low is None or value >= low) and (high is None or (value < high if open_high else value <= high))
+        below = high is None or (value < high if open_high else value <= high)
+        inside = math.isfinite(value) and (low is None or value >= low) and below
         if not inside:
             low_text, high_text = ('-inf' if low is None else low), ('inf' if high is None else high)
             raise argparse.ArgumentTypeError(f'{text} is outside [{low_text}, {high_text}{")" if open_high else "]"}')
@@ -48,15 +50,15 @@ def add_common_arguments(parser, **defaults):
                        help='steps whose gradients are accumulated before the weights are updated')
     group.add_argument('--amp', default='auto', choices=['auto', 'fp32', 'bf16', 'fp16'],
                        help='precision of the forward pass; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on CPU')
-    group.add_argument('--seed', default=0, type=int)
+    group.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1))
     group.add_argument('--device', default='cuda', action=_Device, help='cuda or cpu; where there is no CUDA the default is cpu')
 
     group = parser.add_argument_group('optimiser')
-    group.add_argument('--weight_decay', type=bounded(float, 0), default=0.05)
-    group.add_argument('--lr', type=bounded(float, 0), default=None, metavar='LR', help='absolute learning rate')
-    group.add_argument('--blr', type=bounded(float, 0), default=1e-3, metavar='LR',
+    group.add_argument('--weight_decay', type=bounded(float, 0, 1e3), default=0.05)
+    group.add_argument('--lr', type=bounded(float, 0, 1e9), default=None, metavar='LR', help='absolute learning rate')
+    group.add_argument('--blr', type=bounded(float, 0, 1e9), default=1e-3, metavar='LR',
                        help='base learning rate: lr = blr * effective batch / 256')
-    group.add_argument('--min_lr', type=bounded(float, 0), default=0.0, metavar='LR', help='the rate the schedule ends at')
+    group.add_argument('--min_lr', type=bounded(float, 0, 1e9), default=0.0, metavar='LR', help='the rate the schedule ends at')
     group.add_argument('--warmup_epochs', type=bounded(int, 0), metavar='N', help='epochs of linear warm-up')
 
     group = parser.add_argument_group('data and output')
@@ -92,7 +94,7 @@ def add_classifier_arguments(parser, models, **defaults):
     """The flags that fine-tuning and linear probing share beyond those of all scripts."""
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='vit_large_patch16', choices=models, metavar='NAME', help=', '.join(models))
-    group.add_argument('--input_size', default=224, type=bounded(int, 1), help='pixels along a side')
+    group.add_argument('--input_size', default=224, type=bounded(int, 1, 4096), help='pixels along a side')
     group.add_argument('--nb_classes', default=1000, type=bounded(int, 1), help='classes; checked against the data')
     group.add_argument('--global_pool', action='store_true', help='classify the mean of the patch tokens')
     group.add_argument('--cls_token', action='store_false', dest='global_pool', help='classify the class token (the default)')
@@ -109,12 +111,14 @@ def check_classifier(args):
     """Combinations of flags that cannot work in fine-tuning and linear probing."""
     if args.eval and not (args.resume or args.finetune):
         raise UserError('--eval needs a checkpoint to evaluate: give --resume FILE')
-    if args.finetune and args.resume and not args.eval:
-        print('--resume goes before --finetune: all weights come from the former')
 
 
 def setup(args):
     """Device, processes and precision of a run; resolves args.device, amp, lr, num_workers. Returns the torch.device."""
+    for flag in ('resume', 'finetune'):  # before the images are listed, which can take minutes
+        file = getattr(args, flag, '')
+        if file and not os.path.isfile(file):
+            raise UserError(f'--{flag}: checkpoint {file} does not exist, or is no file')
     _choose_device(args)
     misc.init_distributed_mode(args)
     device = torch.device(args.device)
@@ -131,6 +135,8 @@ def setup(args):
     print(f'{args.world_size} process(es) on {device.type}, {args.amp}, {args.num_workers} loader workers each')
     print(f'effective batch {batch} = {args.batch_size} x accum_iter {args.accum_iter} x {args.world_size}, '
           f'lr {args.lr:.3g} (blr {args.lr * 256 / batch:.3g})')
+    if args.warmup_epochs >= args.epochs and not getattr(args, 'eval', False):
+        print(f'Note: the warm-up of {args.warmup_epochs} epochs is longer than the run; the rate stays below {args.lr:.3g}')
     return device
 
 
@@ -140,7 +146,9 @@ def _choose_device(args):
     try:
         kind = torch.device(args.device).type
     except RuntimeError:
-        raise UserError(f'--device {args.device}: there is no such device; take cuda or cpu') from None
+        kind = None
+    if kind not in ('cuda', 'cpu'):
+        raise UserError(f'--device {args.device}: take cuda or cpu')
     if kind == 'cuda' and not torch.cuda.is_available():
         if given:
             raise UserError(f'--device {args.device}: PyTorch finds no CUDA GPU here; take --device cpu')

@@ -39,9 +39,15 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is
 
     The same file stays under other names too: checkpoint-EPOCH.pth after every args.save_every-th epoch and the last one,
     checkpoint-best.pth with ``is_best``. ``more`` goes into the checkpoint's dict.
+
+    Raises:
+        UserError: it cannot be written, or the weights are not finite. The earlier files stay as they are.
     """
     if not args.output_dir or not is_main_process():
         return
+    if not all(p.isfinite().all() for p in model_without_ddp.parameters()):  # the loss was that before the last step
+        raise UserError(f'the weights are no longer finite after epoch {epoch}, and are not saved; resume from the last '
+                        'checkpoint with a lower --blr, or with --amp fp32')
     last = os.path.join(args.output_dir, 'checkpoint-last.pth')
     save_on_master({
         'model': model_without_ddp.state_dict(),
@@ -96,7 +102,7 @@ def load(path):
         UserError: missing, damaged, or with other classes inside, which are named and not run.
     """
     if not os.path.isfile(path):
-        raise UserError(f'checkpoint {path} does not exist')
+        raise UserError(f'checkpoint {path} does not exist, or is no file')
     try:
         if str(path).endswith('.safetensors'):
             return safetensors.torch.load_file(path)
@@ -107,7 +113,9 @@ def load(path):
         if foreign:
             raise UserError(f'checkpoint {path} is refused: it holds {foreign[1]}, and could run code; a checkpoint needs '
                             'only tensors, plain values and argparse.Namespace') from e
-        raise UserError(f'checkpoint {path} cannot be read (damaged, or not a checkpoint): {first_line(e)}') from e
+        # torch's own words on what it cannot unpickle advise to do without the protection
+        reason = '' if isinstance(e, (pickle.UnpicklingError, KeyError)) else f': {first_line(e)}'
+        raise UserError(f'checkpoint {path} cannot be read, it is damaged or not a checkpoint{reason}') from e
 
 
 def read_weights(path):
@@ -170,12 +178,23 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler):
     if getattr(args, 'eval', False):
         print(f'Weights from {args.resume}')
         return {}
-    with as_user_error(f'--resume {args.resume}: the optimiser state does not fit', ValueError, KeyError, TypeError):
+    misfits = ValueError, KeyError, TypeError, AttributeError
+    with as_user_error(f'--resume {args.resume}: its optimiser state does not fit', *misfits):
         optimizer.load_state_dict(checkpoint['optimizer'])
-    args.start_epoch = checkpoint['epoch'] + 1
-    loss_scaler.load_state_dict(checkpoint.get('scaler') or {})
+        _check_moments(optimizer)
+        args.start_epoch = int(checkpoint['epoch']) + 1
+        loss_scaler.load_state_dict(checkpoint.get('scaler') or {})
     print(f'Resumed from {args.resume}: epoch {checkpoint["epoch"]} is done')
     return checkpoint
+
+
+def _check_moments(optimizer):
+    """ValueError unless every parameter's state has the parameter's shape: load_state_dict looks at their number alone."""
+    for group in optimizer.param_groups:
+        for p in group['params']:
+            for name, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
+                    raise ValueError(f'{name} of shape {list(value.shape)} for a parameter of shape {list(p.shape)}')
 
 
 def _difference(ours, theirs):

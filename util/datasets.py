@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
@@ -55,7 +56,7 @@ class SeededDataset(torch.utils.data.Dataset):
         """(PIL RGB image, class) of sample i."""
         if hasattr(self.source, 'reader'):  # timm's own __getitem__ would pass over broken files without telling
             image, target = self.source.reader[i][:2]
-            return Image.open(image).convert('RGB'), -1 if target is None else target
+            return read_image(image), -1 if target is None else target
         image, target = self.source[i]
         return image.convert('RGB'), target
 
@@ -97,6 +98,20 @@ class SeededStream(torch.utils.data.IterableDataset):
             yield image, target, i, 0
 
 
+def read_image(file):
+    """PIL RGB image of a path or an open file. Of 16-bit pictures the upper 8 bits are kept, where PIL would cut off at 255.
+
+    Raises:
+        OSError, ValueError and whatever else PIL has for files that it cannot read.
+    """
+    with Image.open(file) as image:
+        if image.mode.startswith('I'):  # 16 bits, in PIL's words I;16 or I
+            return Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert('RGB')
+        if image.mode == 'F':
+            raise ValueError('floating-point pixels have no known range')
+        return image.convert('RGB')
+
+
 def build_dataset(is_train, args, transform=None):
     """The training or the validation set of --data_path and --dataset: SeededDataset or SeededStream.
 
@@ -118,7 +133,7 @@ def build_dataset(is_train, args, transform=None):
 def _open_folder(is_train, args):
     root = image_folder(args, 'train' if is_train else 'val')
     try:
-        folder = datasets.ImageFolder(root, allow_empty=True)
+        folder = datasets.ImageFolder(root, loader=read_image, allow_empty=True)
     except FileNotFoundError:
         raise UserError(f'--data_path: {root} has no class folders; put the images into {root}/CLASS/') from None
     if not folder.samples:

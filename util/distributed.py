@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 
 
 def is_dist_avail_and_initialized():
@@ -27,13 +27,14 @@ def is_main_process():
     return get_rank() == 0
 
 
+_builtin_print = builtins.print
+
+
 def setup_for_distributed(is_master):
     """Silence print on all processes but the first; print(..., force=True) speaks on any."""
-    builtin_print = builtins.print
-
     def print_on_master(*args, force=False, **kwargs):
         if is_master or force:
-            builtin_print(*args, **kwargs)
+            _builtin_print(*args, **kwargs)
 
     builtins.print = print_on_master
 
@@ -42,20 +43,30 @@ def init_distributed_mode(args):
     """Join the processes of this job, if it has several.
 
     Reads what torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK or --local_rank), Open MPI (--dist_on_itp) or
-    srun (SLURM_*) leave in the environment, and sets args.rank, args.world_size, args.local_rank, args.distributed. NCCL on
-    CUDA, Gloo on the CPU.
+    srun (SLURM_*; beside them MASTER_ADDR and MASTER_PORT) leave in the environment, and sets args.rank, args.world_size,
+    args.local_rank, args.gpu, args.distributed. NCCL on CUDA, Gloo on the CPU.
+
+    Raises:
+        UserError: something is missing in the environment, or the processes do not find each other.
     """
+    where = 'the processes of this run did not find each other (start them with torchrun)'
+    with as_user_error(where, KeyError, ValueError, RuntimeError):
+        _join(args)
+
+
+def _join(args):
     env = os.environ
     if args.dist_on_itp:
         ranks = [env['OMPI_COMM_WORLD_RANK'], env['OMPI_COMM_WORLD_SIZE'], env['OMPI_COMM_WORLD_LOCAL_RANK']]
         args.dist_url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
     elif 'RANK' in env and 'WORLD_SIZE' in env:
         ranks = [env['RANK'], env['WORLD_SIZE'], env.get('LOCAL_RANK', args.local_rank)]
-    elif int(env.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in env:
+    elif int(env.get('SLURM_NTASKS', 1)) > 1 and 'MASTER_ADDR' in env:  # without that it is an sbatch script's own process
         ranks = [env['SLURM_PROCID'], env['SLURM_NTASKS'], env['SLURM_LOCALID']]
     else:
         ranks = [0, 1, 0]
     args.rank, args.world_size, args.local_rank = map(int, ranks)
+    args.gpu = args.local_rank
     args.distributed = args.world_size > 1
     setup_for_distributed(args.rank == 0)
     if not args.distributed:

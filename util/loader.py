@@ -18,10 +18,10 @@ class EpochSampler(torch.utils.data.DistributedSampler):
 
 
 class Batches:
-    """Batches (images [N, 3, H, W], classes [N], sample numbers [N]) of a loader over a set of util/datasets.py.
+    """Batches (images [N, 3, H, W], classes [N], sample numbers [N]) of a loader over a data set of util/datasets.py.
 
-    Each file that had to be passed over is named once; more than ``limit`` of them in this process end the run. In evaluation they
-    are left out of the batch.
+    Each file that had to be passed over is named once; more than ``limit`` of them in this process end the run. In evaluation
+    they are left out of the batch.
 
     Args:
         num_classes: a class outside [0, num_classes) is a UserError; None: not looked at.

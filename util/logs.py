@@ -15,17 +15,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util.distributed import all_reduce_mean, get_world_size, is_main_process
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 
 
 class SmoothedValue:
     """A series of numbers: the last ones in a window, and the mean of all."""
 
-    def __init__(self, window_size=20, fmt='{median:.4f} ({global_avg:.4f})'):
+    def __init__(self, window_size=20, fmt=None):
         self.deque = deque(maxlen=window_size)
         self.total = 0.0
         self.count = 0
-        self.fmt = fmt
+        self.fmt = fmt or '{median:.4f} ({global_avg:.4f})'
 
     def update(self, value, n=1):
         self.deque.append(value)
@@ -102,30 +102,37 @@ class MetricLogger:
             steps_after: steps of the run that follow this loop, for the remaining time.
         """
         total = len(iterable)
-        on_terminal = is_main_process() and sys.stdout.isatty()
-        bar = tqdm(total=total, desc=header, disable=not on_terminal, dynamic_ncols=True, file=sys.stdout,
-                   bar_format='{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}')
-        start = end = time.time()
+        draw = is_main_process() and _has_room(sys.stdout)
+        start = end = time.perf_counter()
         waited, steps = 0.0, 0  # since the last report
-        for step, batch in enumerate(iterable, 1):
-            waited += time.time() - end
-            self.due = step % print_freq == 0 or step == total
-            yield batch
-            end = time.time()
-            steps += 1
-            bar.update()
-            if self.due:
-                seconds = (end - start) / steps
-                left = datetime.timedelta(seconds=int(seconds * (total - step + steps_after)))
-                rate = [f'images/s: {items_per_step / seconds:.1f}'] if items_per_step else []
-                meters = [str(self)] if self.meters else []
-                shown = self.delimiter.join(
-                    [*meters, *rate, f'eta: {left}', f'data: {waited / (end - start):.0%}', f'mem: {peak_memory()}'])
-                bar.set_postfix_str(shown)
-                if not on_terminal:
-                    print(f'{header} [{step:{len(str(total))}d}/{total}]', shown, sep=self.delimiter, flush=True)
-                start, waited, steps = end, 0.0, 0
-        bar.close()
+        with tqdm(total=total, desc=header, disable=not draw, dynamic_ncols=True, file=sys.stdout,
+                  bar_format='{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}') as bar:
+            for step, batch in enumerate(iterable, 1):
+                waited += time.perf_counter() - end
+                self.due = step % print_freq == 0 or step == total
+                yield batch
+                end = time.perf_counter()
+                steps += 1
+                bar.update()
+                if self.due:
+                    seconds = (end - start) / steps
+                    left = datetime.timedelta(seconds=int(seconds * (total - step + steps_after)))
+                    rate = [f'images/s: {items_per_step / seconds:.1f}'] if items_per_step else []
+                    meters = [str(self)] if self.meters else []
+                    shown = self.delimiter.join(
+                        [*meters, *rate, f'eta: {left}', f'data: {waited / (end - start):.0%}', f'mem: {peak_memory()}'])
+                    bar.set_postfix_str(shown)
+                    if not draw:
+                        print(f'{header} [{step:{len(str(total))}d}/{total}]', shown, sep=self.delimiter, flush=True)
+                    start, waited, steps = end, 0.0, 0
+
+
+def _has_room(stream):
+    """Whether this is a terminal on which the bar's text is not cut off."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns >= 130
+    except (OSError, ValueError):
+        return False
 
 
 class LossLog:
@@ -203,5 +210,6 @@ def log_epoch(args, log_writer, stats):
     if log_writer is not None:
         log_writer.flush()
     if args.output_dir:
-        with open(os.path.join(args.output_dir, 'log.txt'), 'a', encoding='utf-8') as f:
+        path = os.path.join(args.output_dir, 'log.txt')
+        with as_user_error(f'{path} could not be written', OSError), open(path, 'a', encoding='utf-8') as f:
             f.write(json.dumps(stats) + '\n')

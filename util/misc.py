@@ -82,8 +82,11 @@ def get_grad_norm_(parameters, norm_type=2.0):
 
 def run(main, args):
     """``main(args)`` of a script; a UserError ends it with its one line on stderr and status 1."""
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # closed by whoever started this
     try:
         main(args)
+    except BrokenPipeError:
+        os._exit(1)  # whoever read the output has gone; a normal exit would try to write the rest
     except UserError as e:
         # Local rank 0 has the first word: what is wrong for all processes is then said once, since the launcher ends the others.
         if int(os.environ.get('LOCAL_RANK', 0)) > 0:
@@ -94,6 +97,11 @@ def run(main, args):
         if is_dist_avail_and_initialized():
             os._exit(1)  # an orderly shutdown would wait for processes that may be stuck in a collective
         sys.exit(1)
+    except RuntimeError as e:
+        if not (is_dist_avail_and_initialized() and 'onnection closed by peer' in str(e)):
+            raise
+        sys.stderr.write('error: another process of this run has ended; its message says why\n')
+        os._exit(1)
     except KeyboardInterrupt:
         sys.stderr.write('interrupted\n')
         sys.exit(130)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clip
-from models_milan import patch_order
+from models_milan import count_visible, patch_order
 from tools.demo.train_clip import load_split, normalise
 from util.seeding import sample_noise
 
@@ -29,7 +29,7 @@ MASK_RATIO = 0.75
 def hide(image, ids, grid):
     """image [H, W, 3] in [0, 1] with all but the first quarter of the patches ``ids`` [L] in light grey."""
     visible = torch.zeros(grid * grid)
-    visible[ids[:int(grid * grid * (1 - MASK_RATIO))]] = 1
+    visible[ids[:count_visible(grid * grid, MASK_RATIO)]] = 1
     patch = image.shape[0] // grid
     visible = visible.view(grid, grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)[..., None].numpy()
     return image * visible + 0.88 * (1 - visible)

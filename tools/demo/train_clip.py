@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm import tqdm
 
 import clip
@@ -23,8 +24,8 @@ from util.checkpoint import save_on_master
 from util.pos_embed import get_2d_sincos_pos_embed
 
 # MILAN shows its teacher the student's images, which are normalised so (main_pretrain.py --teacher_norm imagenet).
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+MEAN = torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
+STD = torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
 CONTEXT = 24  # tokens; the longest caption takes 17
 BATCH_SIZE = 64
 LR = 2e-3
