@@ -33,8 +33,13 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
                  norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs):
         if img_size % patch_size:
             raise ValueError(f'the image size {img_size} is not a multiple of the patch size {patch_size}')
-        super().__init__(global_pool='avg' if global_pool or global_pool_wcls else 'token', pool_include_prefix=global_pool_wcls,
-                         img_size=img_size, patch_size=patch_size, norm_layer=norm_layer, **kwargs)
+        pool = 'avg' if global_pool or global_pool_wcls else 'token'
+        super().__init__(global_pool=pool, img_size=img_size, patch_size=patch_size, norm_layer=norm_layer, **kwargs)
+        self.global_pool_wcls = global_pool_wcls
+
+    def pool(self, x, pool_type=None):
+        """All tokens [N, L+1, D] -> what is classified [N, D]."""
+        return x.mean(dim=1) if self.global_pool_wcls else super().pool(x, pool_type)
 
     def freeze_encoder(self):
         """From now on only ``head`` learns: all else gets no gradient and stays in eval mode, whatever train() says."""
