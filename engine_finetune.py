@@ -104,6 +104,8 @@ def fit(args, model, model_without_ddp, criterion, loader_train, loader_val, opt
     if args.start_epoch >= args.epochs:
         print(f'Nothing to do: all of --epochs {args.epochs} are done')
         return
+    print(f'{len(loader_train.dataset)} training images, {len(loader_train)} steps an epoch; '
+          f'{len(loader_val.dataset)} validation images')
     log_writer = open_log(args)
     n_parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
     start = time.time()

@@ -162,25 +162,27 @@ def _open_timm(is_train, args):
     try:
         source = create_dataset(args.dataset, root=args.data_path, split=_split(is_train, args), is_training=is_train,
                                 batch_size=args.batch_size, seed=seed_of('order', args.seed) % 2**31)
+    except ImportError as e:
+        raise UserError(f'--dataset {args.dataset} needs a package that is not here: pip install {e.name}') from e
     except Exception as e:  # every reader has its own kinds
         raise UserError(f'--dataset {args.dataset}, --data_path {args.data_path}, split {_split(is_train, args)}: '
                         f'{first_line(e)}') from e
     if isinstance(source, torch.utils.data.IterableDataset):
-        if hasattr(source, 'set_loader_cfg'):
-            source.set_loader_cfg(num_workers=args.num_workers)
         if not is_train:
             # Split between processes, a stream would be cut or padded to equal parts; all of it on each gives the exact accuracy.
             source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
+        if hasattr(source, 'set_loader_cfg'):
+            source.set_loader_cfg(num_workers=max(1, args.num_workers))
     return source
 
 
 def class_names(dataset):
     """The classes of a data set of build_dataset in the order of their numbers; None where the source does not tell."""
     source = dataset.source
-    names = getattr(source, 'classes', None)
-    if names is None and getattr(getattr(source, 'reader', None), 'class_to_idx', None):
-        names = sorted(source.reader.class_to_idx, key=source.reader.class_to_idx.get)
-    return list(names) if names is not None else None
+    reader = getattr(source, 'reader', None)
+    numbers = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
+    names = getattr(source, 'classes', None) or sorted(numbers, key=numbers.get)
+    return list(names) or None
 
 
 def check_classes(args, *sets):
