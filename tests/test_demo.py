@@ -1,30 +1,53 @@
 """`make demo` in small."""
 
+import json
 import sys
 
+import pytest
 from conftest import run
 from PIL import Image
 
 from tools.demo import draw
+from tools.demo import run as demo
 
 
 def test_demo(tmp_path):
     result = run(sys.executable, '-m', 'tools.demo.run', '--output_dir', tmp_path / 'demo', '--quick')
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count('=== done in') == 4
+    assert result.stdout.count('=== done in') == 11
     assert 'zero-shot top-1 by captions' in result.stdout and 'Demo finished' in result.stdout
-    for name in ('figure.png', 'loss.png'):
+    for name in ('figure.png', 'loss.png', 'results.png'):
         with Image.open(tmp_path / 'demo' / name) as image:
             assert image.size[0] >= 500
-    assert (tmp_path / 'demo' / 'pretrain' / 'checkpoint-1.pth').exists()
+    assert (tmp_path / 'demo' / 'milan' / 'checkpoint-1.pth').exists()
+    results = json.loads((tmp_path / 'demo' / 'results.json').read_text())
+    assert list(results['starts']) == ['MILAN', 'MAE', 'random weights'] and results['labels'] == 64
+    for start, row in results['starts'].items():
+        assert f'{row["finetune"]["top1"]:.1f} %' in next(x for x in result.stdout.splitlines() if x.startswith(f'{start}  '))
 
 
-def test_a_failed_stage_ends_the_demo(tmp_path):
-    (tmp_path / 'demo').mkdir()
-    (tmp_path / 'demo' / 'captions_train.jsonl').mkdir()  # in the way of stage 1
-    result = run(sys.executable, '-m', 'tools.demo.run', '--output_dir', tmp_path / 'demo', '--quick')
-    assert result.returncode != 0
-    assert 'error: the demo ended in stage 1' in result.stderr and 'stage 2' not in result.stdout
+def test_a_failed_script_ends_the_demo():
+    with pytest.raises(SystemExit, match='error: the demo ended here, status 3'):
+        demo.run('-c', 'raise SystemExit(3)')
+
+
+def test_nothing_of_others_is_deleted(tmp_path):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'imagenet.tar').write_bytes(b'precious')
+    with pytest.raises(SystemExit, match='has data in it, which the demo did not make'):
+        demo.clear(tmp_path)
+    assert (tmp_path / 'data' / 'imagenet.tar').read_bytes() == b'precious'
+    demo.clear(tmp_path / 'mine')
+    for name in ('data', 'milan'):
+        (tmp_path / 'mine' / name).mkdir()
+    (tmp_path / 'mine' / 'notes.txt').touch()
+    demo.clear(tmp_path / 'mine')
+    assert sorted(p.name for p in (tmp_path / 'mine').iterdir()) == ['.made_by_the_demo', 'notes.txt']
+
+
+def test_captions_are_english():
+    captions = [draw.draw_picture(0, 'train', i)[2] for i in range(300)]
+    assert any(' an orange' in f' {c}' for c in captions) and not any(' a orange' in f' {c}' for c in captions)
 
 
 def test_pictures_depend_on_seed_split_and_number_alone():

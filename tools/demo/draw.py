@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -134,7 +135,8 @@ def describe(rng, colour, name, shape, radius, centre, background):
     size = 'large' if radius > 24 else 'small' if radius < 20 else ''
     words = ['a', *mentioned(size), *mentioned(colour), name, *(mentioned(shape) or ['shape'])]
     place = PLACES[int(3 * centre[1] / SIZE)][int(3 * centre[0] / SIZE)]
-    return ' '.join(words + mentioned(place) + mentioned(f'on a {background} background'))
+    caption = ' '.join(words + mentioned(place) + mentioned(f'on a {background} background'))
+    return re.sub(r'\ba (?=[aeiou])', 'an ', caption)
 
 
 def save_picture(number, seed, split, output_dir):
@@ -162,7 +164,7 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--quick', action='store_true', help='a tenth of the pictures')
     args = parser.parse_args()
-    for split, count in (('train', 5000), ('val', 800)):
+    for split, count in (('train', 4500), ('val', 640)):
         count = count // 10 if args.quick else count
         draw_split(args.output_dir, split, count, args.seed)
         print(f'{count} pictures in {args.output_dir}/data/{split}, {len(CLASSES)} classes: {", ".join(CLASSES)}')

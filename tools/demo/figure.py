@@ -1,9 +1,10 @@
-"""The demo's pictures: what the teacher attends to, which patches that leaves visible, and how the loss went.
+"""The demo's pictures: what the teacher attends to, which patches that leaves visible, how the loss went, what came of it.
 
     python -m tools.demo.figure --output_dir demo_output
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import clip
 from models_milan import count_visible, patch_order
+from tools.demo.draw import CLASSES
 from tools.demo.train_clip import load_split, normalise
 from util.seeding import sample_noise
 
@@ -74,7 +76,7 @@ def masks(output_dir, count=5):
 
 def loss_curve(output_dir):
     """loss.png from the TensorBoard events of the pretraining, a point a step."""
-    events = EventAccumulator(str(Path(output_dir) / 'pretrain')).Reload()
+    events = EventAccumulator(str(Path(output_dir) / 'milan')).Reload()
     loss = events.Scalars('train_loss')
     figure, ax = plt.subplots(figsize=(6, 3.5), dpi=100)
     ax.plot([e.step / 1000 for e in loss], [e.value for e in loss])
@@ -88,12 +90,34 @@ def loss_curve(output_dir):
     plt.close(figure)
 
 
+def bars(output_dir):
+    """results.png from results.json: top-1 of each start beside the teacher's own and chance."""
+    results = json.loads((Path(output_dir) / 'results.json').read_text())
+    figure, ax = plt.subplots(figsize=(6, 3.5), dpi=100)
+    kinds = {'linear': 'linear probing', 'finetune': 'fine-tuning'}
+    for k, (kind, label) in enumerate(kinds.items()):
+        values = [row[kind]['top1'] for row in results['starts'].values()]
+        drawn = ax.bar([i + 0.36 * (k - 0.5) for i in range(len(values))], values, width=0.34, label=label)
+        ax.bar_label(drawn, fmt='%.1f', fontsize=8)
+    ax.axhline(100 * results['teacher'], color='black', linestyle='--', zorder=0, label='teacher, zero-shot by captions')
+    ax.axhline(100 / len(CLASSES), color='gray', linestyle=':', zorder=0, label='chance')
+    ax.set_xticks(range(len(results['starts'])), results['starts'])
+    ax.set_ylim(0, 100)
+    ax.set_ylabel('top-1 accuracy, %')
+    ax.set_title(f'{results["labels"]} labels, {results["images"]} validation pictures, seed {results["seed"]}', fontsize=10)
+    ax.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(Path(output_dir) / 'results.png')
+    plt.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output_dir', default='demo_output')
     args = parser.parse_args()
     masks(args.output_dir)
     loss_curve(args.output_dir)
+    bars(args.output_dir)
 
 
 if __name__ == '__main__':

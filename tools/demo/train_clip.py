@@ -170,6 +170,8 @@ def main():
     save_on_master({**state_dict, **{name: torch.tensor(size) for name, size in sizes.items()}}, path)
     model, _ = clip.load(path, 'cpu')
     accuracy = zero_shot(model, *load_split(args.output_dir, 'val'))
+    with open(os.path.join(args.output_dir, 'teacher.json'), 'w', encoding='utf-8') as f:
+        json.dump({'zero_shot': accuracy}, f)
     print(f'{path}: zero-shot top-1 by captions on val {accuracy:.1%}, chance {1 / len(CLASSES):.1%}')
 
 
