@@ -86,11 +86,10 @@ class _HistoryBuffer:
 
 # The only classes beside tensors and plain values that the known formats hold. NumPy's are those of an array: a name for each of
 # NumPy 1 and 2, whichever wrote the file. None of them runs code of the file's.
-_multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
 _ALLOWED = [argparse.Namespace, np.ndarray, np.dtype, type(np.dtype('float64')), type(np.dtype('int64')),
             (_HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer')]
-_ALLOWED += [(getattr(_multiarray, function), f'{module}.multiarray.{function}')
-             for module in ('numpy.core', 'numpy._core') for function in ('_reconstruct', 'scalar')]
+_ALLOWED += [(value.__reduce__()[0], f'{module}.multiarray.{function}') for module in ('numpy.core', 'numpy._core')
+             for function, value in (('_reconstruct', np.zeros(1)), ('scalar', np.float64(0)))]
 _DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError,
            safetensors.SafetensorError)
 

@@ -91,7 +91,7 @@ def classify(out, kind, start, common):
 def print_table(results):
     print(f'\n{"start":16}{"pretraining":>14}{"linear top-1":>22}{"fine-tuned top-1":>22}')
     for start, row in results['starts'].items():
-        cells = [f'{row[kind]["top1"]:.1f} %  ({row[kind]["seconds"]:.0f} s)' for kind in ('linear', 'finetune')]
+        cells = [f'{of["top1"]:.1f} %  ({of["seconds"]:.0f} s)' for of in (row['linear'], row['finetune'])]
         print(f'{start:16}{row["pretraining"]:>12.0f} s{cells[0]:>22}{cells[1]:>22}')
     print(f'\n{results["images"]} validation pictures, {results["labels"]} labelled ones to learn from, seed {results["seed"]}, the '
           f'same epochs for each start. Chance is {100 / len(CLASSES):.1f} %.\n'
