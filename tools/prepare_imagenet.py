@@ -249,7 +249,7 @@ def finish(folder, expected):
     print(f'{folder}: {images} images in {len(classes)} classes{"" if made else ", which were there already"}')
 
 
-def parse_args(argv=None):
+def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f'error: {message} (--help lists the flags)\n')
     parser.add_argument('--train_tar', metavar='FILE', help='ILSVRC2012_img_train.tar; without it, train/ is left alone')
@@ -262,6 +262,11 @@ def parse_args(argv=None):
     parser.add_argument('--output_dir', default='imagenet', metavar='DIR', help='receives train/ and val/ (default: %(default)s)')
     parser.add_argument('--counts', nargs=3, type=int, default=[1000, 1281167, 50000], metavar=('CLASSES', 'TRAIN', 'VAL'),
                         help='classes, and images of train and val, that there have to be (default: 1000 1281167 50000)')
+    return parser
+
+
+def parse_args(argv=None):
+    parser = get_args_parser()
     args = parser.parse_args(argv)
     if not args.train_tar and not args.val_tar:
         parser.error('there is nothing to unpack: give --train_tar, --val_tar or both')

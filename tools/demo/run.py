@@ -93,8 +93,8 @@ def print_table(results):
     for start, row in results['starts'].items():
         cells = [f'{of["top1"]:.1f} %  ({of["seconds"]:.0f} s)' for of in (row['linear'], row['finetune'])]
         print(f'{start:16}{row["pretraining"]:>12.0f} s{cells[0]:>22}{cells[1]:>22}')
-    print(f'\n{results["images"]} validation pictures, {results["labels"]} labelled ones to learn from, seed {results["seed"]}, the '
-          f'same epochs for each start. Chance is {100 / len(CLASSES):.1f} %.\n'
+    print(f'\n{results["images"]} validation pictures, {results["labels"]} labelled ones to learn from, seed {results["seed"]}, '
+          f'the same epochs for each start. Chance is {100 / len(CLASSES):.1f} %.\n'
           f'The teacher, told the classes by captions alone, is right in {results["teacher"]:.1%}; its own training took '
           f'{results["teacher_seconds"]:.0f} s more.\nIts captions name the classes, so that MILAN learns from labels at second '
           'hand, and MAE from none.')
