@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tarfile
 
 import pytest
 import torch
@@ -32,49 +33,45 @@ def ok(result):
 
 @pytest.fixture(scope='module')
 def cifar10(tmp_path_factory):
-    """A few images a class of CIFAR-10 from ../shared/data, or drawn pictures of that size where it is not here."""
-    root = tmp_path_factory.mktemp('cifar10')
+    """Two folders, the second smaller: images of CIFAR-10 from ../shared/data, or drawn ones where it is not here."""
+    roots = [tmp_path_factory.mktemp(name) for name in ('cifar10', 'cifar10_small')]
     archive = SHARED / 'data' / 'cifar10.tar.gz'
+    wanted = [{'train': 8, 'val': 5}, {'train': 2, 'val': 1}]
     if not archive.exists():
-        for split, count in (('train', 8), ('val', 5)):
-            for c in range(10):
-                for i in range(count):
-                    draw_photo(root / split / f'class{c}' / f'{i}.png', (split, c, i), (32, 32))
-        return root
-    import tarfile
-    counts = {}
+        for root, counts in zip(roots, wanted):
+            for split, c, i in ((split, c, i) for split, n in counts.items() for c in range(10) for i in range(n)):
+                draw_photo(root / split / f'class{c}' / f'{i}.png', (split, c, i), (32, 32))
+        return roots
+    seen = {}
     with tarfile.open(archive) as tar:
         for member in filter(tarfile.TarInfo.isfile, tar):
             *_, split, name, file = member.name.split('/')
-            key = {'train': 'train', 'test': 'val'}[split], name
-            if counts.get(key, 0) < {'train': 8, 'val': 5}[key[0]]:
-                counts[key] = counts.get(key, 0) + 1
-                target = root / key[0] / name / file
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(tar.extractfile(member).read())
-    return root
+            split = {'train': 'train', 'test': 'val'}[split]
+            i = seen[split, name] = seen.get((split, name), -1) + 1
+            for root, counts in zip(roots, wanted):
+                if i < counts[split]:
+                    (root / split / name).mkdir(parents=True, exist_ok=True)
+                    (root / split / name / file).write_bytes(tar.extractfile(member).read())
+    return roots
 
 
-@pytest.mark.parametrize('small, size, batch', [(True, 32, 8), (False, 224, 2)], ids=['tiny at 32', 'small at 224'])
-def test_pretrain_finetune_eval_linprobe(small, size, batch, cifar10, tmp_path):
+@pytest.mark.parametrize('model, size, batch, epochs', [('tiny_patch8', 32, 8, 2), ('small_patch16', 224, 2, 1)])
+def test_pretrain_finetune_eval_linprobe(model, size, batch, epochs, cifar10, tmp_path):
     """The published commands one after the other, shortened; the second launcher passes --local-rank to the script."""
-    name = 'tiny_patch8' if small else 'small_patch16'
-    epochs = 2 if small else 1
-    shared = ['--batch_size', batch, '--epochs', epochs, '--data_path', cifar10, '--input_size', size, '--num_workers', 1]
-    if not small:  # a few steps
-        shared[1:2] = [20]
+    data = cifar10[0 if size == 32 else 1]
+    shared = ['--batch_size', batch, '--epochs', epochs, '--data_path', data, '--input_size', size, '--num_workers', 1,
+              '--warmup_epochs', 1]
     out1, out2, out3 = (tmp_path / name for name in ('OUT', 'OUT2', 'OUT3'))
-    ok(pretrain('--model', f'mae_vit_{name}', '--warmup_epochs', 1, *shared, '--output_dir', out1, '--log_dir', out1,
-                launcher=torchrun(2)))
-    shared += ['--model', f'vit_{name}', '--nb_classes', 10]
-    ok(finetune(*PUBLISHED_FINETUNE, *shared, '--finetune', out1 / f'checkpoint-{epochs - 1}.pth', '--warmup_epochs', 1,
-                '--output_dir', out2, '--log_dir', out2, launcher=launch(2)))
+    last = f'checkpoint-{epochs - 1}.pth'
+    ok(pretrain('--model', f'mae_vit_{model}', *shared, '--output_dir', out1, '--log_dir', out1, launcher=torchrun(2)))
+    shared += ['--model', f'vit_{model}', '--nb_classes', 10]
+    flags = [*shared, '--finetune', out1 / last]
+    ok(finetune(*PUBLISHED_FINETUNE, *flags, '--output_dir', out2, '--log_dir', out2, launcher=launch(2)))
     assert log(out2)[-1].keys() == {'train_loss', 'train_lr', 'test_loss', 'test_acc1', 'test_acc5', 'epoch', 'n_parameters'}
-    said = ok(finetune(*PUBLISHED_FINETUNE, *shared, '--eval', '--resume', out2 / f'checkpoint-{epochs - 1}.pth'))
-    assert f'on the 50 test images: {log(out2)[-1]["test_acc1"]:.2f}%' in said
-    ok(linprobe(*PUBLISHED_LINPROBE, *shared, '--finetune', out1 / f'checkpoint-{epochs - 1}.pth', '--warmup_epochs', 1,
-                '--output_dir', out3, '--log_dir', out3, launcher=launch(2)))
-    assert log(out3)[-1]['epoch'] == epochs - 1 and log(out3)[-1]['n_parameters'] == (192 if small else 384) * 10 + 10
+    said = ok(finetune(*PUBLISHED_FINETUNE, *shared, '--eval', '--resume', out2 / last))
+    assert f'on the {50 if size == 32 else 10} test images: {log(out2)[-1]["test_acc1"]:.2f}%' in said
+    ok(linprobe(*PUBLISHED_LINPROBE, *flags, '--output_dir', out3, '--log_dir', out3, launcher=launch(2)))
+    assert log(out3)[-1]['epoch'] == epochs - 1 and log(out3)[-1]['n_parameters'] == (192 if size == 32 else 384) * 10 + 10
 
 
 def test_flags_and_defaults():
@@ -102,7 +99,8 @@ def test_accuracy_is_exact_for_any_number_of_processes(script, classifier_flags,
     ok(run(*classifier_flags, '--blr', 1, '--batch_size', 4))
     flags = [*classifier_flags, '--batch_size', 4, '--eval', '--resume', tmp_path / 'out' / 'checkpoint-last.pth']
     lines = set()
-    for launcher, extra in ((None, []), (torchrun(2), []), (torchrun(2), ['--dist_eval']), (torchrun(3), ['--dist_eval'])):
+    many = [(torchrun(2), []), (torchrun(2), ['--dist_eval']), (torchrun(3), ['--dist_eval'])]
+    for launcher, extra in ((None, []), *(many if script == 'finetune' else many[2:])):
         said = ok(run(*flags, *extra, launcher=launcher))
         lines.add(next(line for line in said.splitlines() if line.startswith('Accuracy of')))
     line, = lines

@@ -106,4 +106,5 @@ def run(main, args):
         sys.stderr.write('interrupted\n')
         sys.exit(130)
     if is_dist_avail_and_initialized():
+        dist.barrier()  # none leaves before the first process has written its files, nor with a collective half torn down
         dist.destroy_process_group()
