@@ -306,7 +306,7 @@ WRONG = {
     'checkpoint truncated': ('linprobe', ['--finetune', 'TRUNCATED'], 'cannot be read'),
     'checkpoint of another width': ('finetune', ['--model', 'vit_small_patch16'], 'does not fit --model vit_small_patch16'),
     'nothing of the encoder': ('linprobe', ['--finetune', 'STRANGER'], 'nothing of the encoder'),
-    'code in the checkpoint': ('linprobe', ['--finetune', 'FOREIGN'], 'is refused: it holds print'),
+    'code in the checkpoint': ('linprobe', ['--finetune', 'FOREIGN'], 'print, and could run code'),
     'resume of another head': ('finetune', ['--resume', 'CLASSIFIER', '--nb_classes', 4, '--data_path', 'FOUR'],
                                'another model: head.weight is [3, 192] in it and [4, 192] here'),
     'resume of the other script': ('linprobe', ['--resume', 'CLASSIFIER'], 'another model'),

@@ -220,7 +220,7 @@ WRONG = {
     'resume absent': (['--resume', 'nowhere.pth'], [], 'nowhere.pth does not exist'),
     'resume truncated': (['--resume', 'TRUNCATED'], [], 'cannot be read'),
     'resume of another model': (['--resume', 'OTHER'], [], 'another model'),
-    'resume with code inside': (['--resume', 'FOREIGN'], [], 'is refused: it holds print'),
+    'resume with code inside': (['--resume', 'FOREIGN'], [], 'print, and could run code'),
     'too many targets': (['--average_targets', 3], [], 'has 2 blocks'),
     'no gpu': (['--device', 'cuda'], [], '--device cuda'),
     'no such device': (['--device', 'gpu'], [], '--device gpu'),
