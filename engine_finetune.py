@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from util import lr_sched, misc
+from util.errors import UserError
 from util.logs import LossLog, log_epoch, open_log
 from util.seeding import seed_step
 
@@ -28,15 +29,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     """
     model.train()
     optimizer.zero_grad()
-    metrics = misc.MetricLogger()
-    metrics.add_meter('loss', misc.SmoothedValue())
-    metrics.add_meter('lr', misc.SmoothedValue(window_size=1, fmt='{value:.2e}'))
-    losses = LossLog(metrics, log_writer, 'loss', epoch, len(data_loader), args.accum_iter)
-
-    batches = metrics.log_every(
-        data_loader, args.print_freq, f'Epoch [{epoch}]', items_per_step=args.batch_size * args.world_size,
-        steps_after=(args.epochs - epoch - 1) * len(data_loader))
-    for step, (samples, targets, _) in enumerate(batches):
+    losses = LossLog('loss', args, epoch, data_loader, log_writer)
+    for step, (samples, targets, _) in enumerate(losses):
         if step % args.accum_iter == 0:
             lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / len(data_loader), args)
         update = (step + 1) % args.accum_iter == 0
@@ -51,20 +45,22 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         if update:
             optimizer.zero_grad()
         losses.add(step, lr, loss)
-
-    metrics.synchronize_between_processes()
-    print(f'Epoch [{epoch}] mean  {metrics}')
-    return {name: meter.global_avg for name, meter in metrics.meters.items()}
+    return losses.means()
 
 
 @torch.no_grad()
 def evaluate(data_loader, model, device, amp='fp32', print_freq=20):
     """Accuracy over all images that the processes' loaders give together, each image with equal weight.
 
-    The loaders may be of different lengths: the processes meet only at the end.
+    Args:
+        data_loader: Batches, of all images or of this process's share. The shares may be of different lengths: the processes
+            meet only at the end.
 
     Returns:
-        {'loss': mean cross-entropy, 'acc1': top-1, 'acc5': top-5 accuracy, both in per cent}.
+        {'images': how many, 'loss': mean cross-entropy, 'acc1': top-1, 'acc5': top-5 accuracy, both in per cent}.
+
+    Raises:
+        UserError: not one of the images could be read.
     """
     model = getattr(model, 'module', model)  # DDP's forward would wait for the other processes in every step
     if misc.get_world_size() > 1:
@@ -82,15 +78,18 @@ def evaluate(data_loader, model, device, amp='fp32', print_freq=20):
         loss = F.cross_entropy(logits, targets, reduction='sum')
         counts = torch.tensor(float(len(targets)), device=device), loss, hits[:, 0].sum(), hits.any(dim=1).sum()
         sums.append(torch.stack(counts))
-    total = torch.stack(sums).cpu().double().sum(dim=0).to(device if misc.get_world_size() > 1 else 'cpu')
-    if misc.get_world_size() > 1:
+    total = torch.stack(sums).cpu().double().sum(dim=0)
+    if misc.get_world_size() > 1 and data_loader.shared:
+        total = total.to(device)
         dist.all_reduce(total)
     images, loss, top1, top5 = total.tolist()
-    return {'loss': loss / images, 'acc1': 100 * top1 / images, 'acc5': 100 * top5 / images}
+    if images == 0:
+        raise UserError('no image of the validation set could be read')
+    return {'images': int(images), 'loss': loss / images, 'acc1': 100 * top1 / images, 'acc5': 100 * top5 / images}
 
 
-def print_accuracy(test_stats, data_loader):
-    print(f'Accuracy of the network on the {len(data_loader.dataset)} test images: {test_stats["acc1"]:.2f}% '
+def print_accuracy(test_stats):
+    print(f'Accuracy of the network on the {test_stats["images"]} test images: {test_stats["acc1"]:.2f}% '
           f'(top-5 {test_stats["acc5"]:.2f}%, loss {test_stats["loss"]:.4f})')
 
 
@@ -124,6 +123,6 @@ def fit(args, model, model_without_ddp, criterion, loader_train, loader_val, opt
             for name in ('acc1', 'acc5', 'loss'):
                 log_writer.add_scalar(f'perf/test_{name}', test_stats[name], epoch)
         log_epoch(args, log_writer, {
-            **{f'train_{k}': v for k, v in train_stats.items()}, **{f'test_{k}': v for k, v in test_stats.items()},
+            **{f'train_{k}': v for k, v in train_stats.items()}, **{f'test_{k}': test_stats[k] for k in ('loss', 'acc1', 'acc5')},
             'epoch': epoch, 'n_parameters': n_parameters})
     print(f'Training time {datetime.timedelta(seconds=int(time.time() - start))}')

@@ -19,16 +19,9 @@ def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, l
     """
     model.train()
     optimizer.zero_grad()
-    metrics = misc.MetricLogger()
-    metrics.add_meter('loss', misc.SmoothedValue())
-    metrics.add_meter('lr', misc.SmoothedValue(window_size=1, fmt='{value:.2e}'))
-    losses = LossLog(metrics, log_writer, 'train_loss', epoch, len(data_loader), args.accum_iter)
     num_patches = getattr(model, 'module', model).patch_embed.num_patches
-
-    batches = metrics.log_every(
-        data_loader, args.print_freq, f'Epoch [{epoch}]', items_per_step=args.batch_size * args.world_size,
-        steps_after=(args.epochs - epoch - 1) * len(data_loader))
-    for step, (samples, _, ids) in enumerate(batches):
+    losses = LossLog('train_loss', args, epoch, data_loader, log_writer)
+    for step, (samples, _, ids) in enumerate(losses):
         if step % args.accum_iter == 0:
             lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / len(data_loader), args)
         update = (step + 1) % args.accum_iter == 0
@@ -43,7 +36,4 @@ def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, l
         if update:
             optimizer.zero_grad()
         losses.add(step, lr, loss)
-
-    metrics.synchronize_between_processes()
-    print(f'Epoch [{epoch}] mean  {metrics}')
-    return {name: meter.global_avg for name, meter in metrics.meters.items()}
+    return losses.means()

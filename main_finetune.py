@@ -52,8 +52,8 @@ def check(args):
         raise UserError('--global_pool and --global_pool_wcls are two ways of pooling; give one of them')
     if mixes(args) and args.batch_size % 2:
         raise UserError(f'--batch_size {args.batch_size}: mixup and cutmix pair the images of a batch; give an even number')
-    if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
-        raise UserError('--cutmix_minmax: the smaller share comes first')
+    if args.cutmix_minmax and int(args.input_size * args.cutmix_minmax[0]) >= int(args.input_size * args.cutmix_minmax[1]):
+        raise UserError('--cutmix_minmax MIN MAX: MAX has to be larger than MIN, by a pixel at least')
 
 
 def mixes(args):
@@ -95,7 +95,7 @@ def main(args):
 
     # loop
     if args.eval:
-        return print_accuracy(evaluate(loader_val, model_without_ddp, device, args.amp, args.print_freq), loader_val)
+        return print_accuracy(evaluate(loader_val, model_without_ddp, device, args.amp, args.print_freq))
     criterion, mixup_fn = build_criterion(args)
     model = distribute(args, model_without_ddp, device)
     fit(args, model, model_without_ddp, criterion, loader_train, loader_val, optimizer, loss_scaler, device, mixup_fn,

@@ -9,7 +9,7 @@ from util.arguments import Parser, add_classifier_arguments, check_classifier, s
 from util.checkpoint import load_pretrained
 from util.datasets import build_linprobe_transform
 from util.distributed import distribute
-from util.errors import as_user_error
+from util.errors import UserError, as_user_error
 from util.lars import LARS
 from util.loader import build_loaders
 from util.seeding import seeded
@@ -24,6 +24,8 @@ def get_args_parser():
 
 def main(args):
     check_classifier(args)
+    if args.batch_size < 2:
+        raise UserError(f'--batch_size {args.batch_size}: the batch norm before the classifier needs at least 2 images a process')
     device = setup(args)
 
     # data
@@ -38,7 +40,7 @@ def main(args):
     norm = nn.BatchNorm1d(model_without_ddp.head.in_features, affine=False, eps=1e-6)
     model_without_ddp.head = nn.Sequential(norm, model_without_ddp.head)
     if args.finetune and not args.resume:  # a run that goes on has all its weights in that file
-        load_pretrained(args, model_without_ddp)
+        load_pretrained(args, model_without_ddp, whole_encoder=True)
     model_without_ddp.freeze_encoder().to(device)
     parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
     print(f'{args.model}, frozen, and a head of {parameters / 1e6:.2f} M parameters for {args.nb_classes} classes')
@@ -50,7 +52,7 @@ def main(args):
 
     # loop
     if args.eval:
-        return print_accuracy(evaluate(loader_val, model_without_ddp, device, args.amp, args.print_freq), loader_val)
+        return print_accuracy(evaluate(loader_val, model_without_ddp, device, args.amp, args.print_freq))
     model = distribute(args, model_without_ddp, device)
     fit(args, model, model_without_ddp, nn.CrossEntropyLoss(), loader_train, loader_val, optimizer, loss_scaler, device,
         max_accuracy=resumed.get('max_accuracy', -1.0))

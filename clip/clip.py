@@ -1,8 +1,6 @@
 """Loading CLIP by name or from a file, and tokenizing text, under the names of OpenAI's package."""
 
 import os
-import warnings
-import zipfile
 from functools import lru_cache
 
 import torch
@@ -11,6 +9,7 @@ from torchvision import transforms
 from util.checkpoint import read_weights
 from util.download import download
 from util.errors import UserError, first_line
+from util.torchscript import is_torchscript, read_torchscript
 
 from .model import build_model
 from .simple_tokenizer import SimpleTokenizer
@@ -79,22 +78,11 @@ def find(name_or_path, download_root=None):
 
 
 def read_state_dict(path):
-    """The state dict in an OpenAI archive or a torch.save file; nothing but tensors is unpickled."""
+    """The state dict in an OpenAI archive or a torch.save file; nothing in it is run."""
     try:
-        if not _is_torchscript(path):
-            return read_weights(path)[1]
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # TorchScript is deprecated, but it is the format of the released files
-            return torch.jit.load(path, map_location='cpu').state_dict()
-    except (UserError, RuntimeError, zipfile.BadZipFile) as e:
+        return read_torchscript(path) if is_torchscript(path) else read_weights(path)[1]
+    except (UserError, ValueError, OSError) as e:
         raise ValueError(f'{path} cannot be read as a CLIP checkpoint: {first_line(e)}') from None
-
-
-def _is_torchscript(path):
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith('/constants.pkl') for name in archive.namelist())
 
 
 def _transform(size):

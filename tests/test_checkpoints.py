@@ -155,7 +155,7 @@ def test_a_head_for_other_classes_is_left_out(tmp_path, capsys):
 @pytest.mark.parametrize('content, message', [
     ({'model': {'fc.weight': torch.zeros(2, 2)}}, 'nothing of the encoder is in it; its names are fc.weight'),
     ({'model': {'blocks.0.attn.qkv.weight': torch.zeros(96, 32)}}, r'does not fit --model vit: blocks.0.attn.qkv.weight is \[96'),
-    ({'model': {'pos_embed': torch.zeros(1, 12, 48)}}, 'pos_embed is not that of a square grid'),
+    ({'model': {'pos_embed': torch.zeros(1, 12, 48)}}, 'has a pos_embed that cannot be resized'),
     ({'epoch': 3}, 'there are no weights in it'),
     ([torch.zeros(1)], 'there are no weights in it'),
     ({}, 'there are no weights in it'),
@@ -189,6 +189,36 @@ def test_a_malicious_pickle_is_refused_and_not_run(legacy, tmp_path):
     assert not (tmp_path / 'proof').exists()
     torch.load(tmp_path / 'evil.pth', weights_only=False)  # the test has teeth: without protection it runs
     assert (tmp_path / 'proof').exists()
+
+
+class MadeUpPointer:
+    """A NumPy array of objects whose bytes are the file's: to read its item is to follow a pointer that the file made up."""
+
+    def __reduce__(self):
+        return np.core.multiarray._reconstruct if not hasattr(np, '_core') else np._core.multiarray._reconstruct, (
+            np.ndarray, (0,), b'b'), (1, (1,), np.dtype('f8'), False, b'A' * 8)
+
+
+def test_no_array_of_numpy_is_made(tmp_path):
+    """What NumPy's classes stand for is ignored: a made-up dtype would turn bytes of the file into pointers."""
+    args = argparse.Namespace(a=np.arange(3), b=np.float32(1), c=np.bool_(True))
+    torch.save({'model': classifier().state_dict(), 'epoch': np.float64(3), 'args': args, 'evil': MadeUpPointer()},
+               tmp_path / 'file.pth')
+    checkpoint, weights = read_weights(tmp_path / 'file.pth')
+    assert weights.keys() == classifier().state_dict().keys()
+    for value in (checkpoint['epoch'], checkpoint['evil'], *vars(checkpoint['args']).values()):
+        assert type(value).__module__ == 'util.checkpoint'
+    torch.save({'model': {'blocks.0.attn.qkv.weight': np.zeros((144, 48))}}, tmp_path / 'numpy.pth')
+    with pytest.raises(UserError, match='there are no weights in it'):
+        read_weights(tmp_path / 'numpy.pth')
+
+
+def test_openmmlab_with_both_norms(tmp_path):
+    """Their classifier may carry the norm that pretraining ended with; it is not used."""
+    expected = classifier(global_pool=True)
+    both = {**expected.state_dict(), 'norm.weight': torch.zeros(48), 'norm.bias': torch.zeros(48)}
+    _, weights = read_weights(write('openmmlab', both, tmp_path / 'file.pth'))
+    assert weights.keys() == expected.state_dict().keys()
 
 
 def test_damaged_files(tmp_path):

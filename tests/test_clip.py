@@ -1,6 +1,7 @@
 """CLIP against open_clip, its file formats, its tokenizer, and what is refused."""
 
 import sys
+import warnings
 
 import open_clip
 import pytest
@@ -12,6 +13,7 @@ from openai_archive import openai_state_dict, save_archive
 import clip
 from clip.simple_tokenizer import SimpleTokenizer
 from util.teacher import Teacher
+from util.torchscript import read_torchscript
 
 TEXTS = ['a photo of a cat', "It's   the dogs' 1,234.50 €!", 'naïve café — “quoted” &amp;amp; &lt;b&gt;',
          '日本語 и русский текст 🚀', 'ALL CAPS I\'LL we\'ve', 'under_score\tand\nnewline', '', 'mojibake: schÃ¶n',
@@ -114,6 +116,48 @@ def test_refused_files(content, message, tiny_model, tiny_clip, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         clip.load(str(path), 'cpu')
     assert '\n' not in str(error.value)
+
+
+class Writer(torch.nn.Module):
+    """A module whose archive, loaded by torch.jit.load, would write a file."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.weight, self.path, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, str, bool]):
+        self.weight = state[0]
+        self.path = state[1]
+        self.training = state[2]
+        torch.save(torch.zeros(1), self.path)
+
+    def forward(self, x: torch.Tensor):
+        return x
+
+
+def test_code_in_an_archive_is_not_run(tmp_path):
+    torch.jit.script(Writer(str(tmp_path / 'proof'))).save(str(tmp_path / 'evil.pt'))
+    with pytest.raises(ValueError):
+        clip.load(str(tmp_path / 'evil.pt'), 'cpu')
+    assert not (tmp_path / 'proof').exists()
+    torch.jit.load(str(tmp_path / 'evil.pt'))  # the test has teeth
+    assert (tmp_path / 'proof').exists()
+
+
+def test_an_archive_is_read_as_torch_reads_it(tiny_clip):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        expected = torch.jit.load(tiny_clip).state_dict()
+    ours = read_torchscript(tiny_clip)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert ours[name].dtype == value.dtype and torch.equal(ours[name], value)
 
 
 def test_refused_names():

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import tarfile
 
 import pytest
@@ -257,7 +258,6 @@ def test_the_best_so_far_survives_a_restart(classifier_flags, tmp_path):
 
 def test_unreadable_images(classifier_flags, labelled_images, tmp_path):
     """In training another takes its place; in evaluation it is left out, and the rest counted exactly."""
-    import shutil
     data = tmp_path / 'data'
     shutil.copytree(labelled_images, data)
     for file in ('train/class0/00.png', 'val/class1/01.png'):
@@ -270,6 +270,40 @@ def test_unreadable_images(classifier_flags, labelled_images, tmp_path):
     assert right == pytest.approx(round(right), abs=1e-9)
     result = finetune(*classifier_flags, '--data_path', data, '--epochs', 1, '--max_bad_images', 0)
     assert result.returncode == 1 and '--max_bad_images' in result.stderr.splitlines()[-1]
+
+
+def test_only_what_was_counted_is_reported(classifier_flags, labelled_images, tmp_path):
+    """Unreadable images on one of two processes, and no readable one on either."""
+    shutil.copytree(labelled_images, tmp_path / 'data')
+    ok(finetune(*classifier_flags, '--epochs', 1))
+    flags = [*classifier_flags, '--data_path', tmp_path / 'data', '--eval', '--resume', tmp_path / 'out' / 'checkpoint-last.pth']
+    paths = sorted((tmp_path / 'data' / 'val').rglob('*.png'))
+    for path in paths[::2]:  # the first process's share
+        path.write_bytes(b'')
+    said = [ok(finetune(*flags)), ok(finetune(*flags, '--dist_eval', launcher=torchrun(2)))]
+    lines = {next(line for line in s.splitlines() if line.startswith('Accuracy of')) for s in said}
+    assert len(lines) == 1 and 'on the 6 test images' in lines.pop()
+    for path in paths[1::2]:
+        path.write_bytes(b'')
+    for launcher in (None, torchrun(2)):
+        result = finetune(*flags, '--dist_eval', launcher=launcher)
+        assert result.returncode == 1 and 'error: ' in result.stderr and 'ZeroDivision' not in result.stderr
+
+
+def test_a_resumed_run_needs_no_pretrained_file(classifier_flags, tmp_path):
+    ok(finetune(*classifier_flags, '--epochs', 1))
+    flags = [*classifier_flags, '--finetune', 'gone.pth', '--resume', tmp_path / 'out' / 'checkpoint-last.pth']
+    assert 'epoch 0 is done' in ok(finetune(*flags))
+
+
+def test_class_folders(classifier_flags, labelled_images, tmp_path):
+    """Hidden folders are no classes; an empty one is, and is named."""
+    shutil.copytree(labelled_images, tmp_path / 'data')
+    (tmp_path / 'data' / 'train' / '.ipynb_checkpoints').mkdir()
+    for split in ('train', 'val'):
+        (tmp_path / 'data' / split / 'class3').mkdir()
+    said = ok(finetune(*classifier_flags, '--data_path', tmp_path / 'data', '--nb_classes', 4, '--epochs', 1))
+    assert f'Note: there are no images in {tmp_path}/data/train/class3' in said
 
 
 def test_losses():
@@ -301,6 +335,12 @@ WRONG = {
     'two poolings': ('finetune', ['--global_pool', '--global_pool_wcls'], 'give one of them'),
     'odd batch with mixup': ('finetune', ['--mixup', 0.8, '--batch_size', 3], 'give an even number'),
     'unknown policy': ('finetune', ['--aa', 'forest'], '--aa forest is no policy'),
+    'minmax alike': ('finetune', ['--cutmix_minmax', 0.5, 0.5], '--cutmix_minmax'),
+    'batch norm of one': ('linprobe', ['--batch_size', 1], 'at least 2 images'),
+    'a gap in the encoder': ('linprobe', ['--finetune', 'GAP'], 'has no blocks (12); a frozen encoder has to be whole'),
+    'a teacher as a checkpoint': ('finetune', ['--finetune', 'TEACHER'], 'is a TorchScript archive: a teacher for --clip_path'),
+    'unknown data set': ('finetune', ['--dataset', 'cifar10'], '--dataset cifar10: take tar, folder, torch/NAME'),
+    'data set without a place': ('finetune', ['--dataset', 'torch/cifar10', '--data_path', ''], '--data_path is missing'),
     'minmax': ('finetune', ['--cutmix_minmax', 0.8, 0.2], '--cutmix_minmax'),
     'checkpoint absent': ('finetune', ['--finetune', 'nowhere.pth'], 'nowhere.pth does not exist'),
     'checkpoint truncated': ('linprobe', ['--finetune', 'TRUNCATED'], 'cannot be read'),
@@ -331,8 +371,10 @@ class Foreign:
 
 
 @pytest.fixture(scope='module')
-def wrong_files(labelled_images, tmp_path_factory):
+def wrong_files(labelled_images, tiny_clip, pretrained, tmp_path_factory):
     root = tmp_path_factory.mktemp('wrong')
+    (root / 'TEACHER').symlink_to(tiny_clip)
+    torch.save({k: v for k, v in load(pretrained)['model'].items() if not k.startswith('blocks.3.')}, root / 'GAP')
     model = models_vit.vit_tiny_patch8(img_size=32, num_classes=3).state_dict()
     torch.save({'model': model, 'args': argparse.Namespace(model='vit_tiny_patch8')}, root / 'CLASSIFIER')
     torch.save({'model': {'layer1.weight': torch.zeros(3), 'head.weight': torch.zeros(3, 192)}}, root / 'STRANGER')

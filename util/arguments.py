@@ -12,10 +12,20 @@ from util.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line."""
+    """ArgumentParser whose errors are one line, and whose help tells the defaults."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=_Formatter, **kwargs)
 
     def error(self, message):
         self.exit(2, f'error: {message} (--help lists the flags)\n')
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default in (None, '', False, argparse.SUPPRESS) or action.dest == 'pin_mem' or 'default' in (action.help or ''):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class _Device(argparse.Action):
@@ -45,16 +55,16 @@ def add_common_arguments(parser, **defaults):
     group = parser.add_argument_group('training')
     group.add_argument('--batch_size', default=64, type=bounded(int, 1),
                        help='images a process and step; the effective batch is batch_size * accum_iter * processes')
-    group.add_argument('--epochs', type=bounded(int, 1))
+    group.add_argument('--epochs', type=bounded(int, 1), help='passes over the training set')
     group.add_argument('--accum_iter', default=1, type=bounded(int, 1),
                        help='steps whose gradients are accumulated before the weights are updated')
     group.add_argument('--amp', default='auto', choices=['auto', 'fp32', 'bf16', 'fp16'],
                        help='precision of the forward pass; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on CPU')
-    group.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1))
+    group.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1), help='crops, masks and other draws follow from it')
     group.add_argument('--device', default='cuda', action=_Device, help='cuda or cpu; where there is no CUDA the default is cpu')
 
     group = parser.add_argument_group('optimiser')
-    group.add_argument('--weight_decay', type=bounded(float, 0, 1e3), default=0.05)
+    group.add_argument('--weight_decay', type=bounded(float, 0, 1e3), default=0.05, help='not on biases and norms')
     group.add_argument('--lr', type=bounded(float, 0, 1e9), default=None, metavar='LR', help='absolute learning rate')
     group.add_argument('--blr', type=bounded(float, 0, 1e9), default=1e-3, metavar='LR',
                        help='base learning rate: lr = blr * effective batch / 256')
@@ -80,11 +90,11 @@ def add_common_arguments(parser, **defaults):
     group.add_argument('--log_dir', default='./output_dir', metavar='DIR', help="TensorBoard's events; '' writes none")
     group.add_argument('--print_freq', default=20, type=bounded(int, 1), metavar='N', help='steps between two log lines')
     group.add_argument('--resume', default='', metavar='FILE', help='checkpoint to continue from')
-    group.add_argument('--start_epoch', default=0, type=bounded(int, 0), metavar='N')
+    group.add_argument('--start_epoch', default=0, type=bounded(int, 0), metavar='N', help='without --resume')
 
     group = parser.add_argument_group('processes (set by the launchers)')
-    group.add_argument('--world_size', default=1, type=int)
-    group.add_argument('--local_rank', '--local-rank', default=-1, type=int)
+    group.add_argument('--world_size', default=1, type=int, help='number of processes')
+    group.add_argument('--local_rank', '--local-rank', default=-1, type=int, help="the process's number on its machine")
     group.add_argument('--dist_on_itp', action='store_true', help='the job was started by Open MPI')
     group.add_argument('--dist_url', default='env://', help='how processes find each other')
     parser.set_defaults(pin_mem=True, **defaults)
@@ -111,14 +121,16 @@ def check_classifier(args):
     """Combinations of flags that cannot work in fine-tuning and linear probing."""
     if args.eval and not (args.resume or args.finetune):
         raise UserError('--eval needs a checkpoint to evaluate: give --resume FILE')
+    if not (args.resume or args.finetune):
+        print('No --finetune: the encoder starts from random weights')
 
 
 def setup(args):
     """Device, processes and precision of a run; resolves args.device, amp, lr, num_workers. Returns the torch.device."""
-    for flag in ('resume', 'finetune'):  # before the images are listed, which can take minutes
-        file = getattr(args, flag, '')
-        if file and not os.path.isfile(file):
-            raise UserError(f'--{flag}: checkpoint {file} does not exist, or is no file')
+    flag = 'resume' if args.resume else 'finetune'
+    file = getattr(args, flag, '')
+    if file and not os.path.isfile(file):  # said before the images are listed, which can take minutes
+        raise UserError(f'--{flag}: checkpoint {file} does not exist, or is no file')
     _choose_device(args)
     misc.init_distributed_mode(args)
     device = torch.device(args.device)

@@ -6,7 +6,6 @@ import pickle
 import re
 import shutil
 
-import numpy as np
 import safetensors.torch
 import torch
 
@@ -14,6 +13,7 @@ from util import formats
 from util.distributed import is_main_process
 from util.errors import UserError, as_user_error, first_line
 from util.pos_embed import interpolate_pos_embed
+from util.torchscript import is_torchscript
 
 # ---- writing ----
 
@@ -75,21 +75,30 @@ def _also_as(path, name):
             shutil.copyfile(path, part)
         os.replace(part, name)
     except OSError as e:
+        if os.path.exists(part):
+            os.remove(part)
         raise UserError(f'{name} could not be written (disk full?): {first_line(e)}') from e
 
 
 # ---- reading ----
 
-class _HistoryBuffer:
-    """Stands for mmengine's class of logged values, which OpenMMLab's checkpoints may hold; nobody reads it here."""
+class _Ignored:
+    """Stands for what a checkpoint may hold beside weights and nobody reads here: NumPy's numbers and arrays, mmengine's logs.
+
+    NumPy's own classes are not allowed in its place: a made-up array can point anywhere in memory.
+    """
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
 
 
-# The only classes beside tensors and plain values that the known formats hold. NumPy's are those of an array: a name for each of
-# NumPy 1 and 2, whichever wrote the file. None of them runs code of the file's.
-_ALLOWED = [argparse.Namespace, np.ndarray, np.dtype, type(np.dtype('float64')), type(np.dtype('int64')),
-            (_HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer')]
-_ALLOWED += [(value.__reduce__()[0], f'{module}.multiarray.{function}') for module in ('numpy.core', 'numpy._core')
-             for function, value in (('_reconstruct', np.zeros(1)), ('scalar', np.float64(0)))]
+# The only classes beside tensors and plain values that the known formats hold; none of them runs code.
+_IGNORED = ['mmengine.logging.history_buffer.HistoryBuffer', 'numpy.ndarray', 'numpy.dtype', *(
+    f'{module}.multiarray.{name}' for module in ('numpy.core', 'numpy._core') for name in ('_reconstruct', 'scalar'))]
+_ALLOWED = [argparse.Namespace, *((_Ignored, name) for name in _IGNORED)]
 _DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError,
            safetensors.SafetensorError)
 
@@ -102,6 +111,8 @@ def load(path):
     """
     if not os.path.isfile(path):
         raise UserError(f'checkpoint {path} does not exist, or is no file')
+    if is_torchscript(path):
+        raise UserError(f'{path} is a TorchScript archive: a teacher for --clip_path, and no checkpoint')
     try:
         if str(path).endswith('.safetensors'):
             return safetensors.torch.load_file(path)
@@ -113,7 +124,7 @@ def load(path):
             raise UserError(f'checkpoint {path} is refused: it holds {foreign[1]}, and could run code; a checkpoint needs '
                             'only tensors, plain values and argparse.Namespace') from e
         # torch's own words on what it cannot unpickle advise to do without the protection
-        reason = '' if isinstance(e, (pickle.UnpicklingError, KeyError)) else f': {first_line(e)}'
+        reason = '' if isinstance(e, (pickle.UnpicklingError, KeyError)) or 'weights_only' in str(e) else f': {first_line(e)}'
         raise UserError(f'checkpoint {path} cannot be read, it is damaged or not a checkpoint{reason}') from e
 
 
@@ -124,18 +135,19 @@ def read_weights(path):
         return checkpoint, formats.to_ours(checkpoint)
 
 
-def load_pretrained(args, model):
+def load_pretrained(args, model, whole_encoder=False):
     """Start ``model``, a classifier, from the encoder in args.finetune: what --finetune does.
 
     Position embeddings of another grid are resized; a head for other classes is left out. Prints what was matched, what is
     missing and starts anew, and what the file has beyond that.
 
     Raises:
-        UserError: nothing of the encoder is in the file, or a tensor has another shape; with args.eval, if anything is missing.
+        UserError: nothing of the encoder is in the file, or a tensor has another shape; with args.eval, if anything is missing;
+            with ``whole_encoder``, if anything of the encoder is.
     """
     where = f'--finetune {args.finetune}'
     _, state_dict = read_weights(args.finetune)
-    with as_user_error(f'{where}: its pos_embed is not that of a square grid', RuntimeError, IndexError):
+    with as_user_error(f'{where} has a pos_embed that cannot be resized', RuntimeError, IndexError, TypeError, ValueError):
         interpolate_pos_embed(model, state_dict)
     ours = model.state_dict()
     other_head = [k for k in ours if k.startswith('head') and k in state_dict and state_dict[k].shape != ours[k].shape]
@@ -147,6 +159,9 @@ def load_pretrained(args, model):
                             f'{list(ours[name].shape)} here; name the model it was made with')
     if not any(name.startswith(('blocks', 'patch_embed')) for name in matched):
         raise UserError(f'{where}: nothing of the encoder is in it; its names are {", ".join(list(state_dict)[:3])}, ...')
+    gaps = [name for name in missing if name.startswith(('cls_token', 'pos_embed', 'patch_embed', 'blocks'))]
+    if whole_encoder and gaps:
+        raise UserError(f'{where} has no {_summary(gaps)}; a frozen encoder has to be whole')
     if args.eval and missing:
         raise UserError(f'{where} has no {_summary(missing)} for {args.nb_classes} classes; --eval needs the checkpoint of a '
                         'whole classifier and its flags for pooling')
@@ -183,6 +198,7 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler):
         _check_moments(optimizer)
         args.start_epoch = int(checkpoint['epoch']) + 1
         loss_scaler.load_state_dict(checkpoint.get('scaler') or {})
+        checkpoint['max_accuracy'] = float(checkpoint.get('max_accuracy', -1))
     print(f'Resumed from {args.resume}: epoch {checkpoint["epoch"]} is done')
     return checkpoint
 

@@ -130,14 +130,28 @@ def build_dataset(is_train, args, transform=None):
     return SeededDataset(source, transform, args.seed, args.max_bad_images, replace=is_train)
 
 
+class _ImageFolder(datasets.ImageFolder):
+    """Hidden folders, such as editors and notebooks leave behind, are no classes."""
+
+    def find_classes(self, directory):
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith('.'))
+        if not names:
+            raise FileNotFoundError(directory)
+        return names, {name: i for i, name in enumerate(names)}
+
+
 def _open_folder(is_train, args):
     root = image_folder(args, 'train' if is_train else 'val')
     try:
-        folder = datasets.ImageFolder(root, loader=read_image, allow_empty=True)
+        folder = _ImageFolder(root, loader=read_image, allow_empty=True)
     except FileNotFoundError:
         raise UserError(f'--data_path: {root} has no class folders; put the images into {root}/CLASS/') from None
     if not folder.samples:
         raise UserError(f'--data_path: there are no images in the class folders of {root}')
+    empty = set(range(len(folder.classes))) - set(folder.targets)
+    if empty:
+        more = f' and {len(empty) - 1} more' if len(empty) > 1 else ''
+        print(f'Note: there are no images in {root}/{folder.classes[min(empty)]}{more}')
     return folder
 
 
@@ -159,6 +173,12 @@ def _split(is_train, args):
 
 def _open_timm(is_train, args):
     """timm's data set of the name in args.dataset; see timm.data.create_dataset for the names."""
+    kind = args.dataset.partition('/')[0].lower()
+    named, plain = ('torch', 'hfds', 'hfids', 'tfds', 'wds'), ('tar', 'folder')
+    if kind not in (named if '/' in args.dataset else plain):
+        raise UserError(f'--dataset {args.dataset}: take tar, folder, torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME')
+    if not args.data_path and kind in ('torch', 'wds', *plain):
+        raise UserError(f'--data_path is missing: give the place of --dataset {args.dataset}')
     try:
         source = create_dataset(args.dataset, root=args.data_path, split=_split(is_train, args), is_training=is_train,
                                 batch_size=args.batch_size, seed=seed_of('order', args.seed) % 2**31)
@@ -189,13 +209,13 @@ def check_classes(args, *sets):
     """Raise UserError unless each of the data sets has args.nb_classes classes, and all of them the same ones."""
     known = [names for names in map(class_names, sets) if names is not None]
     for names in known:
-        if len(names) != args.nb_classes:
-            raise UserError(f'--nb_classes {args.nb_classes}, but {args.data_path} has {len(names)} classes; '
-                            f'give --nb_classes {len(names)}')
         if names != known[0]:
             odd = sorted(set(names) ^ set(known[0])) or names
             raise UserError(f'--data_path {args.data_path}: training and validation set have different classes; {odd[0]} is in '
                             'one of them only')
+        if len(names) != args.nb_classes:
+            raise UserError(f'--nb_classes {args.nb_classes}, but {args.data_path} has {len(names)} classes; '
+                            f'give --nb_classes {len(names)}')
 
 
 # ---- transforms ----

@@ -4,6 +4,8 @@ MAE, MILAN, timm and this repository share one set of names (``blocks.0.attn.qkv
 wrappers and torch.compile put a prefix in front.
 """
 
+import torch
+
 _PREFIXES = ('module.', '_orig_mod.')
 _STATE_DICT_KEYS = ('model', 'state_dict')  # where MAE and MILAN, and where mmengine, timm and many others, keep the weights
 
@@ -30,11 +32,13 @@ def to_ours(checkpoint):
             state_dict = checkpoint[key]
             break
     if not isinstance(state_dict, dict) or not state_dict or not all(
-            isinstance(k, str) and hasattr(v, 'shape') for k, v in state_dict.items()):
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state_dict.items()):
         raise ValueError('there are no weights in it')
     state_dict = {_strip(name): value for name, value in state_dict.items()}
     if any(name.endswith('patch_embed.projection.weight') for name in state_dict):
         state_dict = {_from_openmmlab(name): value for name, value in state_dict.items()}
+        if 'fc_norm.weight' in state_dict:  # their classifier may carry the norm of pretraining along, which it does not use
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith('norm.')}
     return state_dict
 
 

@@ -25,10 +25,12 @@ class Batches:
 
     Args:
         num_classes: a class outside [0, num_classes) is a UserError; None: not looked at.
+        shared: every process has a share of the samples, and not all of them.
     """
 
-    def __init__(self, loader, limit, num_classes=None, evaluation=False):
+    def __init__(self, loader, limit, num_classes=None, evaluation=False, shared=True):
         self.loader = loader
+        self.shared = shared
         self.limit = limit
         self.num_classes = num_classes
         self.evaluation = evaluation
@@ -116,5 +118,6 @@ def build_loader(args, dataset, is_train=True):
     loader = torch.utils.data.DataLoader(
         dataset, sampler=sampler, batch_size=args.batch_size, num_workers=workers, pin_memory=args.pin_mem, drop_last=is_train,
         persistent_workers=workers > 0 and not stream, generator=torch.Generator())
-    return Batches(loader, args.max_bad_images, getattr(args, 'nb_classes', None), evaluation=not is_train)
+    return Batches(loader, args.max_bad_images, getattr(args, 'nb_classes', None), evaluation=not is_train,
+                   shared=is_train or args.dist_eval and not stream)
 

@@ -136,18 +136,28 @@ def _has_room(stream):
 
 
 class LossLog:
-    """A loop's losses, which stay on the device until a report is due: no step waits for one.
+    """One epoch's steps and their losses, which stay on the device until a report is due: no step waits for one.
+
+    Iterating gives the loader's batches and prints log lines.
 
     Args:
-        metrics: MetricLogger with the meters loss and lr.
-        log_writer: SummaryWriter or None.
         tag: the loss's name in TensorBoard.
+        args: print_freq, batch_size, world_size, epochs, accum_iter.
+        log_writer: SummaryWriter or None.
     """
 
-    def __init__(self, metrics, log_writer, tag, epoch, steps, accum_iter):
-        self.metrics, self.log_writer, self.tag = metrics, log_writer, tag
-        self.epoch, self.steps, self.accum_iter = epoch, steps, accum_iter
+    def __init__(self, tag, args, epoch, data_loader, log_writer):
+        self.tag, self.args, self.epoch, self.data_loader, self.log_writer = tag, args, epoch, data_loader, log_writer
+        self.metrics = MetricLogger()
+        self.metrics.add_meter('loss', SmoothedValue())
+        self.metrics.add_meter('lr', SmoothedValue(window_size=1, fmt='{value:.2e}'))
         self.unread = []
+
+    def __iter__(self):
+        args, steps = self.args, len(self.data_loader)
+        return self.metrics.log_every(
+            self.data_loader, args.print_freq, f'Epoch [{self.epoch}]', items_per_step=args.batch_size * args.world_size,
+            steps_after=(args.epochs - self.epoch - 1) * steps)
 
     def add(self, step, lr, loss):
         """Keep the loss of a step; read, check and log all that are kept where metrics.due says so.
@@ -164,12 +174,18 @@ class LossLog:
                 raise UserError(f'the loss is {mean_loss} in epoch {self.epoch}, step {step}, at learning rate {lr:.2e}; resume '
                                 'from the last checkpoint with a lower --blr, or with --amp fp32')
             self.metrics.update(loss=loss, lr=lr)
-            if self.log_writer is not None and (step + 1) % self.accum_iter == 0:
+            if self.log_writer is not None and (step + 1) % self.args.accum_iter == 0:
                 # thousandths of an epoch on the x axis: curves of different batch sizes lie over each other
-                epoch_1000x = int((self.epoch + step / self.steps) * 1000)
+                epoch_1000x = int((self.epoch + step / len(self.data_loader)) * 1000)
                 self.log_writer.add_scalar(self.tag, mean_loss, epoch_1000x)
                 self.log_writer.add_scalar('lr', lr, epoch_1000x)
         self.unread.clear()
+
+    def means(self):
+        """{'loss': ..., 'lr': ...}: means over the epoch's steps and all processes, printed too."""
+        self.metrics.synchronize_between_processes()
+        print(f'Epoch [{self.epoch}] mean  {self.metrics}')
+        return {name: meter.global_avg for name, meter in self.metrics.meters.items()}
 
 
 def peak_memory():
