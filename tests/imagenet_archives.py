@@ -86,3 +86,13 @@ LISTS = {
     'in order': ''.join(f'{wnid}\n' for wnid in VAL),
     'unordered, CRLF, byte order mark': f'\ufeff{UNORDERED}\r\n',
 }
+
+
+def tree(folder):
+    """{path: content} of all files but the lock."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*')
+            if path.is_file() and path.name != '.prepare_imagenet.lock'}
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob('*') if path.is_file() and not path.name.endswith('.lock')}

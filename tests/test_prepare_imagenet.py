@@ -23,7 +23,9 @@ from imagenet_archives import (
     devkit,
     pack,
     special,
+    times,
     train_members,
+    tree,
     val_members,
     val_name,
 )
@@ -54,16 +56,6 @@ def prepare(official, *flags, counts=COUNTS, **kwargs):
 def namespace(official, train, val):
     return Namespace(train_tar=train and str(official.train_tar), val_tar=val and str(official.val_tar), devkit=None,
                      val_labels=str(official.labels), output_dir=str(official.out), counts=[3, 9, 6])
-
-
-def tree(folder):
-    """{path: content} of all files but the lock."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*')
-            if path.is_file() and path.name != '.prepare_imagenet.lock'}
-
-
-def times(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob('*') if path.is_file() and not path.name.endswith('.lock')}
 
 
 def assert_made(result, official, expected):
