@@ -28,11 +28,11 @@ def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, l
         samples = samples.to(device, non_blocking=True)
         noise = sample_noise(args.seed, epoch, ids.to(device, non_blocking=True), num_patches)
 
+        clip_teacher = teacher(samples) if teacher is not None else None
+        ids_shuffle = patch_order(noise, clip_teacher[1] if args.attn_mask else None)
         with misc.no_sync(model, not update), misc.autocast(device, args.amp):
-            clip_teacher = teacher(samples) if teacher is not None else None
-            ids_shuffle = patch_order(noise, clip_teacher[1] if args.attn_mask else None)
-            loss, _, _ = model(samples, args.mask_ratio, clip_teacher, ids_shuffle)
-        loss_scaler(loss / args.accum_iter, optimizer, parameters=model.parameters(), update_grad=update)
+            loss, _, _ = model(samples, args.mask_ratio, clip_teacher, ids_shuffle, loss_only=True)
+        loss_scaler(loss / args.accum_iter, optimizer, update_grad=update)
         if update:
             optimizer.zero_grad()
         losses.add(step, lr, loss)

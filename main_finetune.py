@@ -89,7 +89,7 @@ def main(args):
 
     # optimiser
     param_groups = param_groups_lrd(model_without_ddp, args.weight_decay, model_without_ddp.no_weight_decay(), args.layer_decay)
-    optimizer = torch.optim.AdamW(param_groups, lr=args.lr)
+    optimizer = torch.optim.AdamW(param_groups, lr=args.lr, fused=True)
     loss_scaler = misc.NativeScalerWithGradNormCount(enabled=args.amp == 'fp16', device=device)
     resumed = misc.load_model(args, model_without_ddp, optimizer, loss_scaler)
 
@@ -97,6 +97,8 @@ def main(args):
     if args.eval:
         return print_accuracy(evaluate(loader_val, model_without_ddp, device, args.amp, args.print_freq))
     criterion, mixup_fn = build_criterion(args)
+    if args.compile:
+        model_without_ddp.compile()
     model = distribute(args, model_without_ddp, device)
     fit(args, model, model_without_ddp, criterion, loader_train, loader_val, optimizer, loss_scaler, device, mixup_fn,
         max_accuracy=resumed.get('max_accuracy', -1.0))

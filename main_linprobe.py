@@ -53,6 +53,8 @@ def main(args):
     # loop
     if args.eval:
         return print_accuracy(evaluate(loader_val, model_without_ddp, device, args.amp, args.print_freq))
+    if args.compile:
+        model_without_ddp.compile()
     model = distribute(args, model_without_ddp, device)
     fit(args, model, model_without_ddp, nn.CrossEntropyLoss(), loader_train, loader_val, optimizer, loss_scaler, device,
         max_accuracy=resumed.get('max_accuracy', -1.0))

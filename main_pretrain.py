@@ -61,6 +61,23 @@ def build_model(args, teacher):
     return model
 
 
+def build_training(args, device):
+    """(teacher or None, model, model without DDP, optimiser, loss scaler) of a run."""
+    # model
+    teacher = build_teacher(args, device) if args.use_clip else None
+    with seeded('weights', args.seed):
+        model_without_ddp = build_model(args, teacher).to(device)
+    if args.compile:
+        model_without_ddp.compile(fullgraph=True)
+    model = distribute(args, model_without_ddp, device)
+
+    # optimiser
+    param_groups = param_groups_weight_decay(model_without_ddp, args.weight_decay)
+    optimizer = torch.optim.AdamW(param_groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    loss_scaler = misc.NativeScalerWithGradNormCount(enabled=args.amp == 'fp16', device=device)
+    return teacher, model, model_without_ddp, optimizer, loss_scaler
+
+
 def main(args):
     check(args)
     device = setup(args)
@@ -69,18 +86,10 @@ def main(args):
     data_loader = build_loader(args, build_dataset(True, args, build_pretrain_transform(args)))
     print(f'{len(data_loader.dataset)} images in {args.data_path}, {len(data_loader)} steps an epoch')
 
-    # model
-    teacher = build_teacher(args, device) if args.use_clip else None
-    with seeded('weights', args.seed):
-        model_without_ddp = build_model(args, teacher).to(device)
+    # model and optimiser
+    teacher, model, model_without_ddp, optimizer, loss_scaler = build_training(args, device)
     parameters = sum(p.numel() for p in model_without_ddp.parameters())
     print(f'{args.model}, {parameters / 1e6:.1f} M parameters')
-    model = distribute(args, model_without_ddp, device)
-
-    # optimiser
-    param_groups = param_groups_weight_decay(model_without_ddp, args.weight_decay)
-    optimizer = torch.optim.AdamW(param_groups, lr=args.lr, betas=(0.9, 0.95))
-    loss_scaler = misc.NativeScalerWithGradNormCount(enabled=args.amp == 'fp16', device=device)
     misc.load_model(args, model_without_ddp, optimizer, loss_scaler)
     if args.start_epoch >= args.epochs:
         print(f'Nothing to do: all of --epochs {args.epochs} are done')

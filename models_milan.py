@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import use_fused_attn
 from timm.models.vision_transformer import Block, Mlp, PatchEmbed
 
 from util.pos_embed import get_2d_sincos_pos_embed
@@ -55,6 +56,7 @@ class PromptingAttention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
+        self.fused_attn = use_fused_attn()  # the switch that timm's blocks obey too
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -65,7 +67,10 @@ class PromptingAttention(nn.Module):
         heads = (self.num_heads, d // self.num_heads)
         q = self.q(y).view(n, m, *heads).transpose(1, 2)
         k, v = self.kv(torch.cat([fixed, y], dim=1)).view(n, -1, 2, *heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         return self.proj(x.transpose(1, 2).reshape(n, m, d))
 
 
@@ -165,12 +170,13 @@ class MaskedAutoencoderViT(nn.Module):
             nn.init.ones_(m.weight)
             nn.init.zeros_(m.bias)
 
-    def patchify(self, imgs):
-        """imgs [N, C, H, W] -> [N, L, p*p*C], the pixels of a patch ordered by row, column, channel."""
+    def patchify(self, imgs, channels_first=False):
+        """imgs [N, C, H, W] -> [N, L, p*p*C], the pixels of a patch ordered by row, column, channel; or channel, row, column."""
         p = self.patch_embed.patch_size[0]
         n, c, h, w = imgs.shape
         x = imgs.reshape(n, c, h // p, p, w // p, p)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(n, (h // p) * (w // p), p * p * c)
+        x = x.permute(0, 2, 4, 1, 3, 5) if channels_first else x.permute(0, 2, 4, 3, 5, 1)
+        return x.reshape(n, (h // p) * (w // p), p * p * c)
 
     def unpatchify(self, x):
         """The inverse of patchify: [N, L, p*p*C] -> [N, C, H, W]."""
@@ -181,7 +187,10 @@ class MaskedAutoencoderViT(nn.Module):
 
     def forward_encoder(self, imgs, ids_keep):
         """imgs [N, C, H, W] and the visible patches' numbers [N, K] -> latent [N, K+1, D], class token first."""
-        x = take(self.patch_embed(imgs) + self.pos_embed[:, 1:], ids_keep)
+        # The convolution of the patch embedding is a linear layer on each patch; only the visible ones go through it.
+        proj = self.patch_embed.proj
+        x = F.linear(take(self.patchify(imgs, channels_first=True), ids_keep), proj.weight.flatten(1), proj.bias)
+        x = x + take(self.pos_embed[:, 1:], ids_keep)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat([cls_token, x], dim=1)
         for block in self.blocks:
@@ -223,7 +232,7 @@ class MaskedAutoencoderViT(nn.Module):
             target = (target - mean) / (var + 1e-6).sqrt()
         return F.mse_loss(pred[:, 1 + visible:], target)
 
-    def forward(self, imgs, mask_ratio=0.75, clip_teacher=None, ids_shuffle=None):
+    def forward(self, imgs, mask_ratio=0.75, clip_teacher=None, ids_shuffle=None, loss_only=False):
         """One forward pass.
 
         Args:
@@ -232,6 +241,7 @@ class MaskedAutoencoderViT(nn.Module):
             clip_teacher: (tokens [N, L+1, target_dim], importance [N, L]) of the teacher for these images; needed with use_clip
                 (tokens) and attn_mask (importance).
             ids_shuffle: [N, L], the patches in the order to draw them; drawn here from torch's generator if not given.
+            loss_only: leave out pred and mask (None), which nobody asks for in training.
 
         Returns:
             loss: scalar.
@@ -258,6 +268,8 @@ class MaskedAutoencoderViT(nn.Module):
         pred = self.forward_decoder(latent, ids_shuffle)
         loss = self.forward_loss(imgs, pred, tokens, ids_shuffle, visible)
 
+        if loss_only:
+            return loss, None, None
         ids_restore = ids_shuffle.argsort(dim=1)
         mask = (ids_restore >= visible).to(imgs.dtype)
         patches = take(pred[:, 1:], ids_restore)

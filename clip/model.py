@@ -36,6 +36,7 @@ class Attention(nn.Module):
             return y, None
         # one row a head, not the T x T matrix that fused attention spares us
         row = (q[:, :, :1] @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
+        row = row.to(torch.promote_types(row.dtype, torch.float32))  # draws are made by it: no bf16 there
         return y, row.softmax(dim=-1).mean(dim=1).squeeze(1)
 
 

@@ -132,7 +132,7 @@ def pretrained(small_images, tmp_path_factory):
 def classifier_flags(labelled_images, pretrained, tmp_path):
     """Flags of a fine-tuning or probing run of seconds: 24 images, 3 steps an epoch, 32 pixels."""
     return ['--model', 'vit_tiny_patch8', '--input_size', 32, '--nb_classes', 3, '--batch_size', 8, '--num_workers', 0,
-            '--data_path', labelled_images, '--finetune', pretrained, '--warmup_epochs', 1, '--epochs', 2,
+            '--data_path', labelled_images, '--amp', 'fp32', '--finetune', pretrained, '--warmup_epochs', 1, '--epochs', 2,
             '--output_dir', tmp_path / 'out', '--log_dir', tmp_path / 'out', '--print_freq', 2]
 
 
@@ -180,6 +180,6 @@ def clip_b16(tmp_path_factory):
 @pytest.fixture
 def milan_flags(small_images, tiny_clip, tmp_path):
     """Flags of a MILAN run of seconds: 24 images, 6 steps an epoch."""
-    return ['--model', 'mae_vit_tiny_patch8', '--input_size', 64, '--batch_size', 4, '--data_path', small_images,
+    return ['--model', 'mae_vit_tiny_patch8', '--input_size', 64, '--amp', 'fp32', '--batch_size', 4, '--data_path', small_images,
             '--clip_path', tiny_clip, '--use_clip', '--change_decoder', '--attn_mask', '--num_workers', 0, '--blr', 0.05,
             '--warmup_epochs', 1, '--output_dir', tmp_path / 'out', '--log_dir', tmp_path / 'out', '--print_freq', 2]

@@ -9,6 +9,7 @@ import resource
 import struct
 import sys
 import termios
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,7 +211,10 @@ def test_all_reduce_mean_of_one_process():
 
 
 def test_precision_names():
-    assert misc.resolve_amp('auto', 'cpu') == 'fp32' and misc.resolve_amp('bf16', 'cpu') == 'bf16'
+    flags = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
+    assert misc.resolve_amp('auto', 'cpu') == ('bf16' if 'avx512_bf16' in flags else 'fp32')
+    assert misc.resolve_amp('fp32', 'cpu') == 'fp32' and misc.resolve_amp('bf16', 'cpu') == 'bf16'
+    assert misc.resolve_compile('on', 'cpu') and not misc.resolve_compile('auto', 'cpu') and misc.resolve_compile('auto', 'cuda')
     if not torch.cuda.is_available():
         pytest.skip('what auto means on a GPU needs one')
     assert misc.resolve_amp('auto', 'cuda') in ('bf16', 'fp16')

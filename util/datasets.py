@@ -11,7 +11,7 @@ from torchvision import datasets, transforms
 
 from util.crop import RandomResizedCrop
 from util.errors import UserError, first_line
-from util.seeding import seed_of, seeded
+from util.seeding import seed_generators, seed_of, seeded
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
@@ -48,9 +48,8 @@ class SeededDataset(torch.utils.data.Dataset):
                 continue
         else:
             skipped, image, target = self.tries, Image.new('RGB', (8, 8)), 0
-        with seeded('augment', self.seed, epoch, i):
-            image = self.transform(image)
-        return image, target, i, skipped
+        seed_generators('augment', self.seed, epoch, i)  # to put them back after would take a twentieth of a sample's time
+        return self.transform(image), target, i, skipped
 
     def read(self, i):
         """(PIL RGB image, class) of sample i."""
@@ -93,7 +92,7 @@ class SeededStream(torch.utils.data.IterableDataset):
         first, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for count, (image, target) in enumerate(self.source):
             i = (count * workers + first) * self.world_size + self.rank
-            with seeded('augment', self.seed, self.epoch, i):
+            with seeded('augment', self.seed, self.epoch, i):  # the readers draw from the same generators
                 image = self.transform(image)
             yield image, target, i, 0
 

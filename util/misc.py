@@ -28,11 +28,12 @@ AMP_DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 def resolve_amp(amp, device):
-    """--amp auto as one of fp32, bf16, fp16: bf16 on a GPU that has it, fp16 on an older one, fp32 on the CPU."""
+    """--amp auto as one of fp32, bf16, fp16: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU."""
     if amp != 'auto':
         return amp
     if torch.device(device).type != 'cuda':
-        return 'fp32'
+        # Without these instructions bf16 is emulated, and slower than fp32.
+        return 'bf16' if getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)() else 'fp32'
     return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
 
 
@@ -40,6 +41,11 @@ def autocast(device, amp):
     """The autocast context of a resolved precision; ``fp32`` is none at all."""
     dtype = AMP_DTYPES[amp]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=dtype)
+
+
+def resolve_compile(choice, device):
+    """--compile as a bool; auto: on a GPU. On a CPU the minutes of compiling buy little."""
+    return choice == 'on' or choice == 'auto' and torch.device(device).type == 'cuda'
 
 
 class NativeScalerWithGradNormCount:
@@ -51,14 +57,18 @@ class NativeScalerWithGradNormCount:
         self._scaler = torch.amp.GradScaler(torch.device(device).type, enabled=enabled)
 
     def __call__(self, loss, optimizer, clip_grad=None, parameters=None, create_graph=False, update_grad=True):
-        """Backward; with ``update_grad`` also clip to ``clip_grad`` and step, and return the gradients' norm before clipping."""
+        """Backward; with ``update_grad`` also clip to ``clip_grad`` and step, and return the gradients' norm before clipping.
+
+        ``parameters``: those to clip and to take the norm of; None: no norm is computed and None returned.
+        """
         self._scaler.scale(loss).backward(create_graph=create_graph)
         if not update_grad:
             return None
         self._scaler.unscale_(optimizer)
+        norm = None
         if clip_grad is not None:
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad)
-        else:
+        elif parameters is not None:
             norm = get_grad_norm_(parameters)
         self._scaler.step(optimizer)
         self._scaler.update()

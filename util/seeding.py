@@ -18,14 +18,20 @@ def seed_of(*parts):
     return int.from_bytes(digest, 'little') >> 1
 
 
-@contextmanager
-def seeded(*parts):
-    """Seed Python's, NumPy's and PyTorch's CPU generators with seed_of(*parts) inside, and put them back after."""
+def seed_generators(*parts):
+    """Seed Python's, NumPy's and PyTorch's CPU generators with seed_of(*parts), which is returned."""
     seed = seed_of(*parts)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
+    return seed
+
+
+@contextmanager
+def seeded(*parts):
+    """seed_generators(*parts) inside, and the generators put back after."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed_generators(*parts)
     try:
         yield
     finally:
@@ -36,10 +42,7 @@ def seeded(*parts):
 
 def seed_step(seed, epoch, step, rank):
     """Seed the global generators, those of the GPUs too, for what one training step draws from them."""
-    value = seed_of('step', seed, epoch, step, rank)
-    random.seed(value)
-    np.random.seed(value % 2**32)
-    torch.manual_seed(value)
+    torch.manual_seed(seed_generators('step', seed, epoch, step, rank))
 
 
 def sample_noise(seed, epoch, samples, length):

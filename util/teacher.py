@@ -6,6 +6,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import clip
 from clip.clip import MEAN, STD
+from util import misc
 from util.errors import UserError, first_line
 
 
@@ -17,11 +18,12 @@ class Teacher(nn.Module):
         norm: what it sees of the student's ImageNet-normalised images: those (imagenet, as published), or the same renormalised
             with CLIP's own mean and deviation (own).
         average_targets: see encode_tokens.
+        dtype: of weights and activations; None: as they are. In bf16 nothing is cast in every step, as autocast would.
 
     Attributes: dim, the width of its tokens; grid_size, its patches along a side.
     """
 
-    def __init__(self, visual, norm='imagenet', average_targets=1):
+    def __init__(self, visual, norm='imagenet', average_targets=1, dtype=None):
         super().__init__()
         self.visual = visual.requires_grad_(False).eval()
         self.dim = visual.output_dim
@@ -32,6 +34,7 @@ class Teacher(nn.Module):
         own = own if norm == 'own' else ours
         self.register_buffer('scale', ours[1] / own[1], persistent=False)
         self.register_buffer('shift', (ours[0] - own[0]) / own[1], persistent=False)
+        self.visual.to(dtype)
 
     def train(self, mode=True):
         return super().train(False)
@@ -39,7 +42,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, imgs):
         """imgs [N, 3, H, W], ImageNet-normalised -> (tokens [N, L+1, dim], importance [N, L])."""
-        return self.visual.encode_tokens(imgs * self.scale + self.shift, self.average_targets)
+        imgs = (imgs * self.scale + self.shift).to(self.visual.proj.dtype)
+        return self.visual.encode_tokens(imgs, self.average_targets)
 
 
 def build_teacher(args, device):
@@ -55,4 +59,7 @@ def build_teacher(args, device):
     layers = len(visual.transformer.resblocks)
     if args.average_targets > layers:
         raise UserError(f'--average_targets {args.average_targets}: the teacher {args.clip_path} has {layers} blocks')
-    return Teacher(visual, args.teacher_norm, args.average_targets).to(device)
+    teacher = Teacher(visual, args.teacher_norm, args.average_targets, misc.AMP_DTYPES[args.amp]).to(device)
+    if args.compile:
+        teacher.compile(fullgraph=True)
+    return teacher
