@@ -30,7 +30,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     model.train()
     optimizer.zero_grad()
     losses = LossLog('loss', args, epoch, data_loader, log_writer)
-    for step, (samples, targets, _) in enumerate(losses):
+    for step, (samples, targets, *_) in enumerate(losses):
         if step % args.accum_iter == 0:
             lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / len(data_loader), args)
         update = (step + 1) % args.accum_iter == 0
@@ -53,8 +53,8 @@ def evaluate(data_loader, model, device, amp='fp32', print_freq=20):
     """Accuracy over all images that the processes' loaders give together, each image with equal weight.
 
     Args:
-        data_loader: Batches, of all images or of this process's share. The shares may be of different lengths: the processes
-            meet only at the end.
+        data_loader: of batches (images, classes, ...); all images (its ``shared`` is False) or this process's share of them. The
+            shares may be of different lengths: the processes meet only at the end.
 
     Returns:
         {'images': how many, 'loss': mean cross-entropy, 'acc1': top-1, 'acc5': top-5 accuracy, both in per cent}.
@@ -69,7 +69,7 @@ def evaluate(data_loader, model, device, amp='fp32', print_freq=20):
     model.eval()
     # images, loss, right at first, right among five, a row a batch: nothing waits for the device until the end
     sums = [torch.zeros(4, device=device)]
-    for samples, targets, _ in misc.MetricLogger().log_every(data_loader, print_freq, 'Evaluation'):
+    for samples, targets, *_ in misc.MetricLogger().log_every(data_loader, print_freq, 'Evaluation'):
         samples, targets = samples.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with misc.autocast(device, amp):
             logits = model(samples)
@@ -79,7 +79,7 @@ def evaluate(data_loader, model, device, amp='fp32', print_freq=20):
         counts = torch.tensor(float(len(targets)), device=device), loss, hits[:, 0].sum(), hits.any(dim=1).sum()
         sums.append(torch.stack(counts))
     total = torch.stack(sums).cpu().double().sum(dim=0)
-    if misc.get_world_size() > 1 and data_loader.shared:
+    if misc.get_world_size() > 1 and getattr(data_loader, 'shared', True):
         total = total.to(device)
         dist.all_reduce(total)
     images, loss, top1, top5 = total.tolist()

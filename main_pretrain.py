@@ -68,7 +68,7 @@ def build_training(args, device):
     with seeded('weights', args.seed):
         model_without_ddp = build_model(args, teacher).to(device)
     if args.compile:
-        model_without_ddp.compile(fullgraph=True)
+        model_without_ddp.compile()
     model = distribute(args, model_without_ddp, device)
 
     # optimiser

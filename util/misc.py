@@ -44,8 +44,11 @@ def autocast(device, amp):
 
 
 def resolve_compile(choice, device):
-    """--compile as a bool; auto: on a GPU. On a CPU the minutes of compiling buy little."""
-    return choice == 'on' or choice == 'auto' and torch.device(device).type == 'cuda'
+    """--compile as a bool. auto: on a GPU, and what cannot be compiled there runs as it is; on a CPU compiling buys nothing."""
+    if choice == 'auto' and torch.device(device).type == 'cuda':
+        torch._dynamo.config.suppress_errors = True
+        return True
+    return choice == 'on'
 
 
 class NativeScalerWithGradNormCount:

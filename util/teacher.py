@@ -61,5 +61,5 @@ def build_teacher(args, device):
         raise UserError(f'--average_targets {args.average_targets}: the teacher {args.clip_path} has {layers} blocks')
     teacher = Teacher(visual, args.teacher_norm, args.average_targets, misc.AMP_DTYPES[args.amp]).to(device)
     if args.compile:
-        teacher.compile(fullgraph=True)
+        teacher.compile()
     return teacher
