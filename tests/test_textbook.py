@@ -119,8 +119,7 @@ def test_benchmark_of_a_step(tmp_path):
     assert all(2**26 < peak < 2**33 for peak in r['peak_memory_bytes'].values())
     for key in ('flop_per_image', 'flop_per_s', 'ceiling_flop_per_s', 'share_of_ceiling', 'memory_ratio'):
         assert math.isfinite(r[key]) and r[key] > 0, key
-    assert [loss['precision'] for loss in r['first_step_losses']] == ['fp32, fp32', 'bf16, fp32']
-    assert all(loss['agree'] for loss in r['first_step_losses']) and said.count('equal to rounding') == 2
+    assert r['first_step_loss']['agree'] and 'equal to rounding' in said
 
 
 def test_benchmark_of_the_loader(tmp_path, small_images):
