@@ -139,7 +139,7 @@ def setup(args):
 
     args.amp = misc.resolve_amp(args.amp, device)
     args.compile = misc.resolve_compile(args.compile, device)
-    # In bf16 on a CPU, PyTorch's fused attention makes the backward pass 1.8 times as long as the plain formula does.
+    # In bf16 on a CPU, the backward pass of PyTorch's fused attention takes longer than that of the plain formula.
     timm.layers.set_fused_attn(device.type != 'cpu' or args.amp == 'fp32')
     args.pin_mem = args.pin_mem and device.type == 'cuda'
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
