@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from util import lr_sched, misc
+from util.datasets import normalise
 from util.errors import UserError
 from util.logs import LossLog, log_epoch, open_log
 from util.seeding import seed_step
@@ -20,7 +21,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     Args:
         model: from images to logits [N, num_classes], or DDP around one.
         criterion: loss of logits and targets: classes [N], or what ``mixup_fn`` makes of them.
-        data_loader: gives (images [N, 3, H, W], classes [N], sample numbers [N]).
+        data_loader: gives (images [N, 3, H, W], bytes or normalised floats, classes [N], sample numbers [N]).
         max_norm: gradients are clipped to this norm; None: not.
         mixup_fn: timm.data.Mixup, or None.
 
@@ -34,7 +35,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         if step % args.accum_iter == 0:
             lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / len(data_loader), args)
         update = (step + 1) % args.accum_iter == 0
-        samples, targets = samples.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        samples, targets = normalise(samples.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
         seed_step(args.seed, epoch, step, args.rank)  # mixup and stochastic depth draw from the global generators
         if mixup_fn is not None:
             samples, targets = mixup_fn(samples, targets)
@@ -53,8 +54,8 @@ def evaluate(data_loader, model, device, amp='fp32', print_freq=20):
     """Accuracy over all images that the processes' loaders give together, each image with equal weight.
 
     Args:
-        data_loader: of batches (images, classes, ...); all images (its ``shared`` is False) or this process's share of them. The
-            shares may be of different lengths: the processes meet only at the end.
+        data_loader: of batches (images, classes, ...), as above; all images (its ``shared`` is False) or this process's share of
+            them. The shares may be of different lengths: the processes meet only at the end.
 
     Returns:
         {'images': how many, 'loss': mean cross-entropy, 'acc1': top-1, 'acc5': top-5 accuracy, both in per cent}.
@@ -70,7 +71,7 @@ def evaluate(data_loader, model, device, amp='fp32', print_freq=20):
     # images, loss, right at first, right among five, a row a batch: nothing waits for the device until the end
     sums = [torch.zeros(4, device=device)]
     for samples, targets, *_ in misc.MetricLogger().log_every(data_loader, print_freq, 'Evaluation'):
-        samples, targets = samples.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        samples, targets = normalise(samples.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
         with misc.autocast(device, amp):
             logits = model(samples)
         logits = logits.float()

@@ -2,6 +2,7 @@
 
 from models_milan import patch_order
 from util import lr_sched, misc
+from util.datasets import normalise
 from util.logs import LossLog
 from util.seeding import sample_noise
 
@@ -11,7 +12,7 @@ def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, l
 
     Args:
         model: MaskedAutoencoderViT, or DDP around one.
-        data_loader: gives (images [N, 3, H, W], classes [N], sample numbers [N]).
+        data_loader: gives (images [N, 3, H, W], bytes or normalised floats, classes [N], sample numbers [N]).
         teacher: module from images to (tokens [N, L+1, D_t], importance [N, L]), or None for the pixel target.
 
     Raises:
@@ -25,7 +26,7 @@ def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, l
         if step % args.accum_iter == 0:
             lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / len(data_loader), args)
         update = (step + 1) % args.accum_iter == 0
-        samples = samples.to(device, non_blocking=True)
+        samples = normalise(samples.to(device, non_blocking=True))
         noise = sample_noise(args.seed, epoch, ids.to(device, non_blocking=True), num_patches)
 
         clip_teacher = teacher(samples) if teacher is not None else None

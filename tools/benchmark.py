@@ -33,6 +33,7 @@ from statistics import mean, median
 import timm
 import torch
 import torchvision
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import datasets, transforms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,7 @@ import clip  # noqa: E402
 import main_pretrain  # noqa: E402
 from tools.benchmark_step import alternate, measure_step, start  # noqa: E402
 from util.arguments import Parser, bounded  # noqa: E402
-from util.datasets import BICUBIC, NORMALISE, build_dataset, build_pretrain_transform, image_folder  # noqa: E402
+from util.datasets import BICUBIC, build_dataset, build_pretrain_transform, image_folder  # noqa: E402
 from util.errors import UserError, as_user_error  # noqa: E402
 from util.loader import build_loader  # noqa: E402
 from util.misc import run  # noqa: E402
@@ -74,7 +75,8 @@ def pil_pipeline(args):
     """The published data set: PIL decodes, and torchvision's transforms follow."""
     crop = transforms.RandomResizedCrop(args.input_size, scale=(0.2, 1.0), interpolation=BICUBIC)
     return datasets.ImageFolder(os.path.join(args.data_path, 'train'),
-                                transforms.Compose([crop, transforms.RandomHorizontalFlip(), *NORMALISE]))
+                                transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+                                                    transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]))
 
 
 def measure_data(args, device, options):
