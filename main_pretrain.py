@@ -13,6 +13,7 @@ from util.arguments import Parser, add_common_arguments, bounded, setup
 from util.datasets import build_dataset, build_pretrain_transform
 from util.distributed import distribute
 from util.errors import UserError, as_user_error
+from util.interruption import Interruption
 from util.loader import build_loader
 from util.logs import log_epoch, open_log
 from util.seeding import seeded
@@ -90,20 +91,26 @@ def main(args):
     teacher, model, model_without_ddp, optimizer, loss_scaler = build_training(args, device)
     parameters = sum(p.numel() for p in model_without_ddp.parameters())
     print(f'{args.model}, {parameters / 1e6:.1f} M parameters')
-    misc.load_model(args, model_without_ddp, optimizer, loss_scaler)
+    resumed = misc.load_model(args, model_without_ddp, optimizer, loss_scaler)
     if args.start_epoch >= args.epochs:
         print(f'Nothing to do: all of --epochs {args.epochs} are done')
         return
 
     # loop
-    log_writer = open_log(args)
+    def save(epoch, **inside):
+        misc.save_model(args, epoch - 1, model, model_without_ddp, optimizer, loss_scaler, **inside)
+
+    interruption = Interruption(args, save, resumed)
+    log_writer = open_log(args, args.start_epoch + interruption.step / len(data_loader))
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):
-        data_loader.set_epoch(epoch)
+        data_loader.set_epoch(epoch, interruption.start_of(epoch)[0])
         train_stats = train_one_epoch(
-            model, data_loader, optimizer, device, epoch, loss_scaler, log_writer=log_writer, args=args, teacher=teacher)
-        misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
+            model, data_loader, optimizer, device, epoch, loss_scaler, log_writer=log_writer, args=args, teacher=teacher,
+            interruption=interruption)
         log_epoch(args, log_writer, {**{f'train_{k}': v for k, v in train_stats.items()}, 'epoch': epoch})
+        misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
+        interruption.after_epoch(epoch)
     print(f'Training time {datetime.timedelta(seconds=int(time.time() - start))}')
 
 

@@ -41,7 +41,7 @@ WRONG = {
     'empty val': ('linprobe', ['--data_path', 'EMPTY_VAL'], 'no images in the class folders of'),
     'gpu by name': ('linprobe', ['--device', 'cuda'], '--device cuda'),
     'size': ('finetune', ['--input_size', 36], 'not a multiple of the patch size'),
-    'not finite': ('finetune', ['--lr', '1e9', '--warmup_epochs', 0], 'the loss is nan'),
+    'not finite': ('finetune', ['--lr', '1e9', '--warmup_epochs', 0], 'gradients that are'),
     'batch too large': ('finetune', ['--batch_size', 26], 'fewer than one effective batch'),
     'drop path': ('finetune', ['--drop_path', 1], '--drop_path'),
     'unknown model': ('linprobe', ['--model', 'vit_giant'], 'vit_base_patch16'),

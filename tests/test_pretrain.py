@@ -229,7 +229,7 @@ WRONG = {
     'resume of other moments': (['--resume', 'OTHER_MOMENTS'], [], 'optimiser state does not fit: exp_avg of shape [1, 1, 3]'),
     'resume of no epoch': (['--resume', 'NO_EPOCH'], [], 'optimiser state does not fit'),
     'output is a file': (['--output_dir', __file__], [], '--output_dir'),
-    'not finite': (['--lr', '1e9', '--epochs', 3, '--warmup_epochs', 0], [], 'the loss is nan'),
+    'not finite': (['--lr', '1e9', '--epochs', 3, '--warmup_epochs', 0], [], 'gradients that are'),
 }
 
 WRONG_VALUES = {

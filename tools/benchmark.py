@@ -18,7 +18,6 @@ import contextlib
 import gc
 import json
 import os
-import platform
 import re
 import shlex
 import signal
@@ -30,9 +29,8 @@ import time
 from pathlib import Path
 from statistics import mean, median
 
-import timm
 import torch
-import torchvision
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import datasets, transforms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,10 +40,11 @@ import clip  # noqa: E402
 import main_pretrain  # noqa: E402
 from tools.benchmark_step import alternate, measure_step, start  # noqa: E402
 from util.arguments import Parser, bounded  # noqa: E402
-from util.datasets import BICUBIC, NORMALISE, build_dataset, build_pretrain_transform, image_folder  # noqa: E402
+from util.datasets import BICUBIC, build_dataset, build_pretrain_transform, image_folder  # noqa: E402
 from util.errors import UserError, as_user_error  # noqa: E402
 from util.loader import build_loader  # noqa: E402
 from util.misc import run  # noqa: E402
+from util.provenance import describe_machine, describe_versions  # noqa: E402
 
 # ---- the loader ----
 
@@ -74,7 +73,8 @@ def pil_pipeline(args):
     """The published data set: PIL decodes, and torchvision's transforms follow."""
     crop = transforms.RandomResizedCrop(args.input_size, scale=(0.2, 1.0), interpolation=BICUBIC)
     return datasets.ImageFolder(os.path.join(args.data_path, 'train'),
-                                transforms.Compose([crop, transforms.RandomHorizontalFlip(), *NORMALISE]))
+                                transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+                                                    transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]))
 
 
 def measure_data(args, device, options):
@@ -149,19 +149,6 @@ def log_lines(command, options):
 
 
 # ---- what is said ----
-
-def describe_machine():
-    info = Path('/proc/cpuinfo')
-    model = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return {'cpu': model[1] if model else platform.processor(), 'cores': cores, 'threads': torch.get_num_threads(),
-            'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-
-
-def describe_versions():
-    return {'python': platform.python_version(), 'torch': torch.__version__, 'cuda': torch.version.cuda,
-            'torchvision': torchvision.__version__, 'timm': timm.__version__}
-
 
 def print_step(r):
     book, ours = r['precision']['textbook'], r['precision']['ours']

@@ -1,24 +1,28 @@
 """Checkpoints: the published dict of model, optimizer, epoch, scaler, args, written safely; every known format, read safely."""
 
 import argparse
+import glob
 import os
 import pickle
 import shutil
+import sys
 
 import torch
 
 from util import formats, integrity
-from util.distributed import is_main_process
+from util.distributed import gather, is_main_process
 from util.errors import UserError, as_user_error, first_line
 from util.pos_embed import interpolate_pos_embed
+from util.provenance import first_start, restarts
 from util.torchscript import is_torchscript
 
 # ---- writing ----
 
-def save_on_master(obj, path):
+def save_on_master(obj, path, names=()):
     """torch.save on the first process. The file appears under its name only when it is whole and on the disk.
 
-    ``load`` tells it from one whose records were altered or exchanged later.
+    Before that it appears under the other ``names``: whoever finds a new ``path`` can rely on them. ``load`` recognises if its
+    records are altered or exchanged later.
     """
     if not is_main_process():
         return
@@ -29,6 +33,8 @@ def save_on_master(obj, path):
             integrity.seal(f)
             f.flush()
             os.fsync(f.fileno())
+        for name in names:
+            _also_as(part, name)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch's writer reports a full disk as a RuntimeError
         if os.path.exists(part):
@@ -40,7 +46,8 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is
     """Write checkpoint-last.pth into args.output_dir; call it after every epoch.
 
     The same file stays under other names too: checkpoint-EPOCH.pth after every args.save_every-th epoch and the last one,
-    checkpoint-best.pth with ``is_best``. ``more`` goes into the checkpoint's dict.
+    checkpoint-best.pth with ``is_best``. ``more`` goes into the checkpoint's dict; with a ``step`` among it, ``epoch`` is the
+    last whole one, and the file keeps to its first name.
 
     Raises:
         UserError: it cannot be written, or the weights are not finite. The earlier files stay as they are.
@@ -50,7 +57,11 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is
     if not all(p.isfinite().all() for p in model_without_ddp.parameters()):  # the loss was that before the last step
         raise UserError(f'the weights are no longer finite after epoch {epoch}, and are not saved; resume from the last '
                         'checkpoint with a lower --blr, or with --amp fp32')
-    last = os.path.join(args.output_dir, 'checkpoint-last.pth')
+    names = []
+    if 'step' not in more and (epoch % args.save_every == 0 or epoch + 1 == args.epochs):
+        names.append(f'checkpoint-{epoch}.pth')
+    if is_best:
+        names.append('checkpoint-best.pth')
     save_on_master({
         'model': model_without_ddp.state_dict(),
         'optimizer': optimizer.state_dict(),
@@ -58,11 +69,7 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is
         'scaler': loss_scaler.state_dict(),
         'args': args,
         **more,
-    }, last)
-    if epoch % args.save_every == 0 or epoch + 1 == args.epochs:
-        _also_as(last, os.path.join(args.output_dir, f'checkpoint-{epoch}.pth'))
-    if is_best:
-        _also_as(last, os.path.join(args.output_dir, 'checkpoint-best.pth'))
+    }, os.path.join(args.output_dir, 'checkpoint-last.pth'), [os.path.join(args.output_dir, name) for name in names])
 
 
 def _also_as(path, name):
@@ -175,6 +182,45 @@ def load_pretrained(args, model, whole_encoder=False):
           f'{_summary(k for k in state_dict if k not in matched)}')
 
 
+def resolve_resume(args):
+    """Make args.resume the newest whole checkpoint in args.output_dir: for --resume auto, and where torchrun has restarted a run.
+
+    Where there is none it becomes '' with auto, and stays what was given otherwise. All processes take the first's word for it.
+    """
+    restarted = any(gather(restarts()))
+    if args.resume != 'auto' and not (restarted and args.output_dir):
+        return
+    if not args.output_dir:
+        raise UserError('--resume auto looks for checkpoints in --output_dir, which is empty')
+    found = ''
+    if is_main_process():
+        # Without auto, only what this very run has written: other files were there before it.
+        since = 0 if args.resume == 'auto' else first_start(args.output_dir)
+        found = newest_checkpoint(args.output_dir, since) if since is not None else ''
+    found = gather(found)[0]
+    if found:
+        args.resume = found
+    elif args.resume == 'auto':
+        args.resume = ''
+        print(f'--resume auto: no checkpoint in {args.output_dir}, a fresh start')
+
+
+def newest_checkpoint(folder, since=0):
+    """The newest checkpoint-*.pth in ``folder``, written after ``since``, that is whole; '' if there is none.
+
+    Says which it passes over and why.
+    """
+    paths = glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))
+    paths = [path for path in paths if os.stat(path).st_mtime >= since]
+    for path in sorted(paths, key=lambda path: (os.stat(path).st_mtime, path.endswith('last.pth')), reverse=True):
+        try:
+            load(path)
+            return path
+        except UserError as e:
+            print(f'Passed over: {e}', file=sys.stderr)
+    return ''
+
+
 def load_model(args, model_without_ddp, optimizer, loss_scaler):
     """Continue from args.resume, if one is given: weights, optimiser, scaler, and args.start_epoch as the epoch after.
 
@@ -202,8 +248,14 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler):
         integrity.check_training_state(checkpoint, optimizer)
         optimizer.load_state_dict(checkpoint['optimizer'])
         loss_scaler.load_state_dict(checkpoint.get('scaler') or {})
+        checkpoint['max_accuracy'] = float(checkpoint.get('max_accuracy', -1))
+        if 'step' in checkpoint:
+            checkpoint['sums'] = {str(k): (int(count), float(total)) for k, (count, total) in checkpoint['sums'].items()}
     args.start_epoch = checkpoint['epoch'] + 1
-    print(f'Resumed from {args.resume}: epoch {checkpoint["epoch"]} is done')
+    if 'step' in checkpoint:
+        print(f'Resumed from {args.resume}: epoch {args.start_epoch}, after step {checkpoint["step"]}')
+    else:
+        print(f'Resumed from {args.resume}: epoch {checkpoint["epoch"]} is done')
     return checkpoint
 
 

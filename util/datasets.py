@@ -1,16 +1,19 @@
 """Data sets and transforms: images from folders or from whatever timm reads, augmented as a function of (seed, epoch, sample)."""
 
+import functools
 import os
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torchvision import datasets, transforms
+from torchvision import transforms
 
-from util.crop import RandomResizedCrop
+from util.crop import RandomResizedCrop, single_crop_box
+from util.distributed import main_process_first
 from util.errors import UserError, first_line
+from util.folder import ImageFolder
+from util.images import ImageFile, UnreadableImage
 from util.seeding import seed_generators, seed_of, seeded
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -23,8 +26,8 @@ class SeededDataset(torch.utils.data.Dataset):
     counts these, and the loader's user names them and decides when it is too many.
 
     Args:
-        source: map-style: torchvision's, or timm's ImageDataset; without a transform of its own.
-        transform: from a PIL RGB image to a tensor.
+        source: map-style; gives (path, open file, bytes or PIL image; class): ImageFolder, timm's ImageDataset, torchvision's.
+        transform: from an ImageFile to a tensor, [3, H, W].
         limit: files to pass over for one item before it is given up (then a blank image comes with skipped = limit + 1).
         replace: False leaves out what cannot be read: a blank image with skipped = 1. Evaluation must count no image twice.
     """
@@ -43,26 +46,38 @@ class SeededDataset(torch.utils.data.Dataset):
         for skipped in range(self.tries):
             try:
                 image, target = self.read((i + skipped) % len(self.source))
-                break
-            except Exception:  # whatever a decoder raises on a broken file, and files that have gone away
+                return self._augmented(image, epoch, i), target, i, skipped
+            except UnreadableImage:
                 continue
-        else:
-            skipped, image, target = self.tries, Image.new('RGB', (8, 8)), 0
+        return self._augmented(ImageFile(Image.new('RGB', (8, 8))), epoch, i), 0, i, self.tries
+
+    def _augmented(self, image, epoch, i):
         seed_generators('augment', self.seed, epoch, i)  # to put them back after would take a twentieth of a sample's time
-        return self.transform(image), target, i, skipped
+        return self.transform(image)
 
     def read(self, i):
-        """(PIL RGB image, class) of sample i."""
-        if hasattr(self.source, 'reader'):  # timm's own __getitem__ would pass over broken files without telling
-            image, target = self.source.reader[i][:2]
-            return read_image(image), -1 if target is None else target
-        image, target = self.source[i]
-        return image.convert('RGB'), target
+        """(ImageFile, class) of sample i; raises UnreadableImage."""
+        try:
+            if hasattr(self.source, 'reader'):  # timm's own __getitem__ would pass over broken files without telling
+                image, target = self.source.reader[i][:2]
+            else:
+                image, target = self.source[i]
+        except Exception as e:  # every reader has its own kinds
+            raise UnreadableImage(f'{type(e).__name__}: {e}') from e
+        return ImageFile(image), -1 if target is None else target
+
+    def why(self, i):
+        """Why sample i cannot be read, in a line."""
+        try:
+            self.read(i)[0].rgb()
+        except UnreadableImage as e:
+            return first_line(e)
+        return 'for a moment only'
 
     def name(self, i):
         """What to call sample i: its file where it has one."""
-        if hasattr(self.source, 'samples'):
-            return self.source.samples[i][0]
+        if hasattr(self.source, 'path'):
+            return self.source.path(i)
         return self.source.filename(i) if hasattr(self.source, 'filename') else f'sample {i}'
 
 
@@ -90,25 +105,22 @@ class SeededStream(torch.utils.data.IterableDataset):
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         first, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for count, (image, target) in enumerate(self.source):
+        good = Image.new('RGB', (8, 8)), 0
+        for count, sample in enumerate(self.source):
             i = (count * workers + first) * self.world_size + self.rank
             with seeded('augment', self.seed, self.epoch, i):  # the readers draw from the same generators
-                image = self.transform(image)
-            yield image, target, i, 0
+                try:
+                    image, skipped = self.transform(ImageFile(sample[0])), 0
+                    good = sample
+                except UnreadableImage:  # the one before takes its place, so that all processes count the same steps
+                    image, skipped = self.transform(ImageFile(good[0])), 1
+            yield image, good[1], i, skipped
 
+    def name(self, i):
+        return f'sample {i}'
 
-def read_image(file):
-    """PIL RGB image of a path or an open file. Of 16-bit pictures the upper 8 bits are kept, where PIL would cut off at 255.
-
-    Raises:
-        OSError, ValueError and whatever else PIL has for files that it cannot read.
-    """
-    with Image.open(file) as image:
-        if image.mode.startswith('I'):  # 16 bits, in PIL's words I;16 or I
-            return Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert('RGB')
-        if image.mode == 'F':
-            raise ValueError('floating-point pixels have no known range')
-        return image.convert('RGB')
+    def why(self, i):
+        return 'unknown'
 
 
 def build_dataset(is_train, args, transform=None):
@@ -129,25 +141,16 @@ def build_dataset(is_train, args, transform=None):
     return SeededDataset(source, transform, args.seed, args.max_bad_images, replace=is_train)
 
 
-class _ImageFolder(datasets.ImageFolder):
-    """Hidden folders, such as editors and notebooks leave behind, are no classes."""
-
-    def find_classes(self, directory):
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith('.'))
-        if not names:
-            raise FileNotFoundError(directory)
-        return names, {name: i for i, name in enumerate(names)}
-
-
 def _open_folder(is_train, args):
     root = image_folder(args, 'train' if is_train else 'val')
     try:
-        folder = _ImageFolder(root, loader=read_image, allow_empty=True)
+        with main_process_first():  # the others find its list in the cache
+            folder = ImageFolder(root)
     except FileNotFoundError:
         raise UserError(f'--data_path: {root} has no class folders; put the images into {root}/CLASS/') from None
-    if not folder.samples:
+    if not len(folder):
         raise UserError(f'--data_path: there are no images in the class folders of {root}')
-    empty = set(range(len(folder.classes))) - set(folder.targets)
+    empty = set(range(len(folder.classes))) - set(folder.targets.tolist())
     if empty:
         more = f' and {len(empty) - 1} more' if len(empty) > 1 else ''
         print(f'Note: there are no images in {root}/{folder.classes[min(empty)]}{more}')
@@ -217,28 +220,46 @@ def check_classes(args, *sets):
                             f'give --nb_classes {len(names)}')
 
 
-# ---- transforms ----
+# ---- transforms: from an ImageFile to uint8 [3, H, W], or to floats that are normalised already ----
 
-NORMALISE = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+BICUBIC = transforms.InterpolationMode.BICUBIC
+
+
+def normalise(images):
+    """A batch on its device, ready for a model: bytes [N, 3, H, W] become floats with ImageNet's mean 0 and deviation 1.
+
+    On the device, and not by the loader's workers, since bytes are a quarter of what there is to copy. Floats pass through.
+    """
+    if images.dtype != torch.uint8:
+        return images
+    mean, std = _statistics(images.device)
+    return images.contiguous().float().div_(255).sub_(mean).div_(std)
+
+
+@functools.lru_cache
+def _statistics(device):
+    return torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=device).view(2, 3, 1, 1)
 
 
 def build_pretrain_transform(args):
-    """MAE's augmentation: random resized crop of 20 to 100 % of the area, bicubic; flip; ImageNet's mean and deviation."""
-    crop = transforms.RandomResizedCrop(args.input_size, scale=(0.2, 1.0), interpolation=BICUBIC)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *NORMALISE])
+    """MAE's augmentation: random resized crop of 20 to 100 % of the area, bicubic; flip."""
+    return transforms.Compose([RandomResizedCrop(args.input_size, scale=(0.2, 1.0)), transforms.RandomHorizontalFlip()])
 
 
 def build_transform(is_train, args):
     """Fine-tuning's transforms: timm's RandAugment and random erasing for training, resize and centre crop for evaluation."""
     if is_train:
         try:
-            return create_transform(
+            _, augment, final = create_transform(
                 input_size=args.input_size, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa or None,
                 interpolation='bicubic', re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
-                mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+                mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, separate=True)
         except (AssertionError, ValueError, KeyError, IndexError) as e:
             raise UserError(f"--aa {args.aa} is no policy that timm knows, such as rand-m9-mstd0.5-inc1, or '' for none: "
                             f'{first_line(e)}') from e
+        # our crop and flip in place of timm's: the same draws, made before the file is decoded
+        crop = [RandomResizedCrop(args.input_size), transforms.RandomHorizontalFlip(), transforms.ToPILImage()]
+        return transforms.Compose([*crop, augment, final])
     crop_ratio = 224 / 256 if args.input_size <= 224 else 1.0
     return _centre(args.input_size, int(args.input_size / crop_ratio))
 
@@ -246,10 +267,11 @@ def build_transform(is_train, args):
 def build_linprobe_transform(is_train, args):
     """Linear probing's transforms (MAE, appendix A.1): random resized crop, flip; resize to 256 for 224 pixels, centre crop."""
     if is_train:
-        crop = RandomResizedCrop(args.input_size, interpolation=BICUBIC)
-        return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *NORMALISE])
+        return transforms.Compose([RandomResizedCrop(args.input_size, draw=single_crop_box), transforms.RandomHorizontalFlip()])
     return _centre(args.input_size, args.input_size * 256 // 224)
 
 
 def _centre(size, resize):
-    return transforms.Compose([transforms.Resize(resize, interpolation=BICUBIC), transforms.CenterCrop(size), *NORMALISE])
+    """Evaluation's, by PIL: accuracies are compared with those of others to a hundredth."""
+    return transforms.Compose([ImageFile.rgb, transforms.Resize(resize, interpolation=BICUBIC), transforms.CenterCrop(size),
+                               transforms.PILToTensor()])

@@ -188,11 +188,13 @@ def check_training_state(checkpoint, optimizer):
     Its own load_state_dict compares little more than counts, and what is wrong would come up in the middle of a step.
     """
     scaler = checkpoint.get('scaler') or {}
+    numbers = {'epoch': 0, 'step': 0, 'step_images': 0, 'max_accuracy': 0.0, **dict.fromkeys(scaler, 0.0)}
     for name, value in {**checkpoint, **scaler}.items():
-        if name in ('epoch', 'max_accuracy', *scaler) and not _alike(0 if name == 'epoch' else 0.0, value):
+        if name in numbers and not _alike(numbers[name], value):
             raise ValueError(f'{name} is a {type(value).__name__}, or out of range')
-    if not 0 <= checkpoint['epoch'] < 1e9:
-        raise ValueError(f'epoch is {checkpoint["epoch"]:.0e}')
+    inside = 'step' in checkpoint  # it was saved inside the epoch after ``epoch``
+    if not (-1 if inside else 0) <= checkpoint['epoch'] < 1e9 or inside and (checkpoint['step'] < 0 or 'sums' not in checkpoint):
+        raise ValueError('there is no such epoch or step')
     saved = checkpoint['optimizer']
     if not all(isinstance(v, dict) for v in (saved, saved['state'], *saved['param_groups'], *saved['state'].values())):
         raise ValueError('it is not the state of an optimiser')
