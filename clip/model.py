@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from util.integrity import check_claims
+
 
 class QuickGELU(nn.Module):
     def forward(self, x):
@@ -189,6 +191,10 @@ def build_model(state_dict):
     state_dict = {k: v for k, v in state_dict.items() if k not in ('input_resolution', 'context_length', 'vocab_size')}
     if 'visual.layer1.0.conv1.weight' in state_dict or 'visual.attnpool.positional_embedding' in state_dict:
         raise ValueError('a ResNet CLIP has no patch tokens and cannot be a teacher; take one of the ViT models')
+    check_claims(state_dict)
+    for name, value in state_dict.items():
+        if not value.is_floating_point() or value.numel() == 0:
+            raise ValueError(f'not the state dict of a ViT CLIP: {name} is {value.dtype} of shape {list(value.shape)}')
     try:
         vision_width, _, patch_size, _ = state_dict['visual.conv1.weight'].shape
         grid = math.isqrt(state_dict['visual.positional_embedding'].shape[0] - 1)
@@ -210,7 +216,7 @@ def build_model(state_dict):
         model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state_dict.items()}, assign=True)
     except KeyError as e:
         raise ValueError(f'not the state dict of a ViT CLIP: it has no {e.args[0]}') from None
-    except RuntimeError as e:
+    except (RuntimeError, IndexError) as e:
         reason = str(e).splitlines()[1:2] or [str(e)]
         raise ValueError(f'not the state dict of a ViT CLIP: {reason[0].strip()}') from None
     return model.eval()

@@ -4,14 +4,12 @@ import argparse
 import glob
 import os
 import pickle
-import re
 import shutil
 import sys
 
-import safetensors.torch
 import torch
 
-from util import formats
+from util import formats, integrity
 from util.distributed import gather, is_main_process
 from util.errors import UserError, as_user_error, first_line
 from util.pos_embed import interpolate_pos_embed
@@ -23,14 +21,16 @@ from util.torchscript import is_torchscript
 def save_on_master(obj, path, names=()):
     """torch.save on the first process. The file appears under its name only when it is whole and on the disk.
 
-    Before that it appears under the other ``names``: whoever finds a new ``path`` can rely on them.
+    Before that it appears under the other ``names``: whoever finds a new ``path`` can rely on them. ``load`` recognises if its
+    records are altered or exchanged later.
     """
     if not is_main_process():
         return
     part = f'{path}.tmp'
     try:
-        with open(part, 'wb') as f:
+        with open(part, 'w+b') as f:
             torch.save(obj, f)
+            integrity.seal(f)
             f.flush()
             os.fsync(f.fileno())
         for name in names:
@@ -108,30 +108,31 @@ class _Ignored:
 _IGNORED = ['mmengine.logging.history_buffer.HistoryBuffer', 'numpy.ndarray', 'numpy.dtype', *(
     f'{module}.multiarray.{name}' for module in ('numpy.core', 'numpy._core') for name in ('_reconstruct', 'scalar'))]
 _ALLOWED = [argparse.Namespace, *((_Ignored, name) for name in _IGNORED)]
-_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError,
-           safetensors.SafetensorError)
 
 
 def load(path):
-    """What a checkpoint file holds, on the CPU: .safetensors, or torch.save's format, of which only the classes above are taken.
+    """What a checkpoint file holds, on the CPU: .safetensors, or torch.save's format, of which only known classes are taken.
 
     Raises:
-        UserError: missing, damaged, or with other classes inside, which are named and not run.
+        UserError: missing, damaged or altered (util/integrity.py tells how it is recognised), or with other classes inside,
+            which are named and not run.
     """
     if not os.path.isfile(path):
         raise UserError(f'checkpoint {path} does not exist, or is no file')
-    if is_torchscript(path):
-        raise UserError(f'{path} is a TorchScript archive: a teacher for --clip_path, and no checkpoint')
     try:
+        if is_torchscript(path):
+            raise UserError(f'{path} is a TorchScript archive: a teacher for --clip_path, and no checkpoint')
         if str(path).endswith('.safetensors'):
-            return safetensors.torch.load_file(path)
+            return integrity.load_safetensors(path)
+        integrity.check(path, _IGNORED)
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location='cpu', weights_only=True)
-    except _DAMAGE as e:
-        foreign = re.search(r'GLOBAL (\S+)', str(e))
-        if foreign:
-            raise UserError(f'checkpoint {path} is refused: it holds {foreign[1]}, and could run code; a checkpoint needs '
-                            'only tensors, plain values and argparse.Namespace') from e
+    except integrity.ForeignName as e:
+        raise UserError(f'checkpoint {path} is refused: it holds {e}, and could run code; a checkpoint needs only '
+                        'tensors, plain values and argparse.Namespace') from e
+    except UserError:
+        raise
+    except Exception as e:  # whatever a damaged file, or one made to do harm, can raise on the way
         # torch's own words on what it cannot unpickle advise to do without the protection
         reason = '' if isinstance(e, (pickle.UnpicklingError, KeyError)) or 'weights_only' in str(e) else f': {first_line(e)}'
         raise UserError(f'checkpoint {path} cannot be read, it is damaged or not a checkpoint{reason}') from e
@@ -156,6 +157,8 @@ def load_pretrained(args, model, whole_encoder=False):
     """
     where = f'--finetune {args.finetune}'
     _, state_dict = read_weights(args.finetune)
+    with as_user_error(where, ValueError):
+        integrity.check_claims(state_dict)
     with as_user_error(f'{where} has a pos_embed that cannot be resized', RuntimeError, IndexError, TypeError, ValueError):
         interpolate_pos_embed(model, state_dict)
     ours = model.state_dict()
@@ -163,9 +166,9 @@ def load_pretrained(args, model, whole_encoder=False):
     matched = [k for k in ours if k in state_dict and k not in other_head]
     missing = [k for k in ours if k not in matched]
     for name in matched:
-        if state_dict[name].shape != ours[name].shape:
-            raise UserError(f'{where} does not fit --model {args.model}: {name} is {list(state_dict[name].shape)} in it and '
-                            f'{list(ours[name].shape)} here; name the model it was made with')
+        if misfit := _misfit(ours[name], state_dict[name]):
+            raise UserError(f'{where} does not fit --model {args.model}: {name} is {misfit}; '
+                            'name the model it was made with')
     if not any(name.startswith(('blocks', 'patch_embed')) for name in matched):
         raise UserError(f'{where}: nothing of the encoder is in it; its names are {", ".join(list(state_dict)[:3])}, ...')
     gaps = [name for name in missing if name.startswith(('cls_token', 'pos_embed', 'patch_embed', 'blocks'))]
@@ -240,16 +243,15 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler):
     if getattr(args, 'eval', False):
         print(f'Weights from {args.resume}')
         return {}
-    misfits = ValueError, KeyError, TypeError, AttributeError
+    misfits = ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError
     with as_user_error(f'--resume {args.resume}: its optimiser state does not fit', *misfits):
+        integrity.check_training_state(checkpoint, optimizer)
         optimizer.load_state_dict(checkpoint['optimizer'])
-        _check_moments(optimizer)
-        args.start_epoch = int(checkpoint['epoch']) + 1
         loss_scaler.load_state_dict(checkpoint.get('scaler') or {})
         checkpoint['max_accuracy'] = float(checkpoint.get('max_accuracy', -1))
         if 'step' in checkpoint:
-            checkpoint['step'], checkpoint['step_images'] = int(checkpoint['step']), int(checkpoint['step_images'])
             checkpoint['sums'] = {str(k): (int(count), float(total)) for k, (count, total) in checkpoint['sums'].items()}
+    args.start_epoch = checkpoint['epoch'] + 1
     if 'step' in checkpoint:
         print(f'Resumed from {args.resume}: epoch {args.start_epoch}, after step {checkpoint["step"]}')
     else:
@@ -257,13 +259,13 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler):
     return checkpoint
 
 
-def _check_moments(optimizer):
-    """ValueError unless every parameter's state has the parameter's shape: load_state_dict looks at their number alone."""
-    for group in optimizer.param_groups:
-        for p in group['params']:
-            for name, value in optimizer.state.get(p, {}).items():
-                if isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
-                    raise ValueError(f'{name} of shape {list(value.shape)} for a parameter of shape {list(p.shape)}')
+def _misfit(ours, theirs):
+    """'[3, 192] in it and [4, 192] here' if one tensor cannot be copied into the other, else ''. Rounding is no misfit."""
+    if ours.shape != theirs.shape:
+        return f'{list(theirs.shape)} in it and {list(ours.shape)} here'
+    if ours.is_floating_point() != theirs.is_floating_point():
+        return f'{theirs.dtype} in it and {ours.dtype} here'
+    return ''
 
 
 def _difference(ours, theirs):
@@ -271,8 +273,8 @@ def _difference(ours, theirs):
     for name, value in ours.items():
         if name not in theirs:
             return f'{name} is missing in it'
-        if theirs[name].shape != value.shape:
-            return f'{name} is {list(theirs[name].shape)} in it and {list(value.shape)} here'
+        if misfit := _misfit(value, theirs[name]):
+            return f'{name} is {misfit}'
     extra = [name for name in theirs if name not in ours]
     return f'it has {extra[0]}, which this model has not' if extra else ''
 
