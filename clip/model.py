@@ -8,7 +8,6 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -100,6 +99,7 @@ class VisionTransformer(nn.Module):
 
     def set_grid_size(self, grid_size):
         """Take images of grid_size x grid_size patches from now on; the position embedding is resized as timm does it."""
+        from timm.layers import resample_abs_pos_embed  # the rest of clip/ does without timm
         if grid_size == self.grid_size:
             return
         table = resample_abs_pos_embed(self.positional_embedding.data[None], [grid_size, grid_size])[0]

@@ -21,7 +21,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 import clip
 from util import misc
 from util.errors import UserError, first_line
-from util.teachers_timm import load_timm
+from util.teachers_timm import find_timm, load_timm
 
 CLIP_PATH = 'ViT-B/16'  # the published teacher
 
@@ -74,13 +74,23 @@ class Teacher(nn.Module):
 
 
 def check_teacher(args):
-    """UserError where the flags name no teacher or two; a flag that names one turns args.use_clip on."""
+    """UserError where the flags name no teacher or two, or one that is not there; a flag that names one turns args.use_clip on.
+
+    This is said before the images are listed, which can take minutes.
+    """
     named = [name for name in ('teacher', *PUBLISHED) if getattr(args, name)]
     if args.teacher_path and not named:
         raise UserError('--teacher_path is the file of a model; name that by --teacher')
     both = [*named, 'clip_path'] if args.clip_path != CLIP_PATH else named
     if named and len(both) > 1:
         raise UserError(f'--{both[0]} and --{both[1]} name two teachers; give one of them')
+    if args.teacher_path and not os.path.isfile(args.teacher_path):
+        raise UserError(f'--teacher_path {args.teacher_path} does not exist, or is no file')
+    for flag, (_, file) in PUBLISHED.items():
+        if getattr(args, flag) and not os.path.isfile(args.teacher_path or file):
+            raise UserError(f'--{flag}: {file} is not in the working directory; put it there or give --teacher_path FILE')
+    if args.teacher and args.teacher not in clip.available_models():
+        find_timm(args.teacher, args.teacher_path)
     args.use_clip = args.use_clip or bool(named)
 
 
@@ -106,8 +116,6 @@ def _load(args, grid_size):
     for flag, (name, file) in PUBLISHED.items():
         if getattr(args, flag):
             path = args.teacher_path or file
-            if not os.path.isfile(path):
-                raise UserError(f'--{flag}: {path} is not here; put it into the working directory or give --teacher_path')
             return path, load_timm(name, grid_size, path)
     if args.teacher and args.teacher not in clip.available_models():
         return args.teacher, load_timm(args.teacher, grid_size, args.teacher_path)

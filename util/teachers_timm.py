@@ -193,9 +193,7 @@ def load_timm(name, grid_size, path='', **kwargs):
         UserError: no such model or tag, none that can be a teacher, weights that cannot be fetched or do not fit.
     """
     where = f'--teacher {name}'
-    cfg = _find(name)
-    if not path and not cfg.has_weights:
-        raise UserError(f'{where}: timm has no weights for it; give a file, --teacher_path FILE')
+    cfg = find_timm(name, path)
     patch = re.search(r'patch(\d+)', name)
     kwargs['img_size'] = grid_size * (int(patch[1]) if patch else 16)
     if not is_model_in_modules(name, ['beit']):  # whose images are of one size anyway
@@ -216,8 +214,8 @@ def load_timm(name, grid_size, path='', **kwargs):
     return tower
 
 
-def _find(name):
-    """timm's config of the weights ``name``; UserError with names that may be meant."""
+def find_timm(name, path=''):
+    """timm's config of the model and weights ``name``; UserError if there are none to be had, with names that may be meant."""
     where = f'--teacher {name}'
     if os.path.isfile(name):
         raise UserError(f'{where} is a file; name its model there and give the file by --teacher_path')
@@ -230,9 +228,12 @@ def _find(name):
     if not is_model_in_modules(name, MODULES):
         raise UserError(f'{where} is no ViT that keeps one square grid of patches (docs/teachers.md)')
     try:
-        return get_pretrained_cfg(name, allow_unregistered=False)
+        cfg = get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError:
         raise UserError(f'{where}: timm {timm.__version__} knows no weights of that name{hint}') from None
+    if not path and not cfg.has_weights:
+        raise UserError(f'{where}: timm has no weights for it; give a file, --teacher_path FILE')
+    return cfg
 
 
 def _fetch(where, name, **kwargs):
