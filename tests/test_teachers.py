@@ -16,7 +16,7 @@ from util.teacher import Teacher
 from util.teachers_timm import load_timm
 
 SMALL = dict(embed_dim=64, depth=2, num_heads=2)
-CLASS, POOL, MEAN = 'class token', 'attention pooling', 'mean'
+CLASS, POOL, MEAN = 'class token', 'attention pooling', 'mean of patches'
 FAMILIES = {  # name: (timm's model, where its importance comes from, overrides); tests skip what an older timm lacks
     'CLIP': ('vit_base_patch16_clip_quickgelu_224.openai', CLASS, {}),
     'CLIP of LAION': ('vit_base_patch32_clip_224.laion2b', CLASS, {}),
@@ -37,7 +37,7 @@ FAMILIES = {  # name: (timm's model, where its importance comes from, overrides)
     'DeiT, distilled': ('deit_tiny_distilled_patch16_224.fb_in1k', CLASS, {}),
     'RADIO': ('vit_base_patch16_radio_v3', CLASS, {}),
     'rotations learnt': ('vit_small_patch16_rope_mixed_224.naver_in1k', CLASS, {}),
-    'norms of queries, shared keys': ('vit_base_patch16_sapiens2', CLASS, dict(num_kv_heads=(2, 1))),
+    'norms of queries, shared keys': ('vit_base_patch16_sapiens2', CLASS, dict(num_heads=4, num_kv_heads=(4, 2))),
     'norms behind attention': ('vit_base_patch16_rpn_224.sw_in1k', MEAN, {}),
 }
 

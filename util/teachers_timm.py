@@ -40,6 +40,7 @@ MODULES = 'vision_transformer', 'eva', 'beit', 'deit'  # of timm.models: their V
 ATTENTIONS = Attention, EvaAttention, BeitAttention, getattr(timm.layers, 'AttentionRope', None)  # the last is newer timm's
 POST_NORM = ResPostBlock, EvaBlockPostNorm  # blocks whose attention takes their input as it is
 LABELS = 1000, 11221, 11821, 21841, 21843  # ImageNet's numbers of classes: with a head of these a CLIP was fine-tuned
+MISFITS = RuntimeError, AssertionError, ValueError, KeyError, AttributeError, TypeError, IndexError  # in a file of another model
 PARTS = 'patch_embed.', 'cls_token', 'reg_token', 'dist_token', 'pos_embed', 'norm_pre.', 'blocks.'  # what tokens come from
 
 
@@ -101,21 +102,24 @@ def _answer(model):
         return 'attention pooling'
     # timm pools DINOv3 by the mean; that its final norm is over all tokens tells that the class token counts
     counts = model.global_pool == 'token' or not isinstance(model.norm, nn.Identity)
-    return 'class token' if model.cls_token is not None and counts else 'mean'
+    return 'class token' if model.cls_token is not None and counts else 'mean of patches'
 
 
 # ---- importance ----
 # From the model and its last block's input and output [N, T, D]: weights [N, T], of which the last L are the patches'.
 
 def class_row(model, x, _):
+    """How the class token attends."""
     return _last_attention(model, x, rows=1).mean(dim=(1, 2))
 
 
 def attention_received(model, x, _):
+    """How all tokens attend on average; takes the matrix [N, heads, T, T]."""
     return _last_attention(model, x, rows=x.shape[1]).mean(dim=(1, 2))
 
 
 def pooling_weights(model, _, x):
+    """How the pooling's query attends."""
     pool = model.attn_pool
     x = model.norm(x)
     if not getattr(model, 'pool_include_prefix', True):
@@ -125,7 +129,7 @@ def pooling_weights(model, _, x):
     return _softmax(q * pool.scale, k).mean(dim=(1, 2))
 
 
-IMPORTANCE = {'class token': class_row, 'attention pooling': pooling_weights, 'mean': attention_received}
+IMPORTANCE = {'class token': class_row, 'attention pooling': pooling_weights, 'mean of patches': attention_received}
 
 
 def _last_attention(model, x, rows):
@@ -251,7 +255,7 @@ def _load_file(model, name, path, language):
     if 'image_projection' in state_dict:
         state_dict, language = _from_slip(state_dict), True
     convert = sys.modules[type(model).__module__].checkpoint_filter_fn  # every file of timm's has its own
-    with as_user_error(f'{where} is no {name}', RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError):
+    with as_user_error(f'{where} is no {name}', *MISFITS):
         state_dict = convert(state_dict, model)
     width = len(state_dict.get('head.weight', ())) if language else 0
     model.reset_classifier(0 if width in LABELS else width)
