@@ -1,4 +1,7 @@
-"""Two torchrun agents as two nodes; one is killed with all its processes and comes back: the run ends with the same weights."""
+"""Two torchrun agents as two nodes; one is killed with all its processes and comes back: the run ends with the same weights.
+
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is needed for that: without it, PyTorch 2.15's agents wait in vain for a node that comes back.
+"""
 
 import os
 import random
@@ -27,7 +30,7 @@ class Stress:
         return self.folder / f'{name}-{node}.log'
 
     def _node(self, name, node):
-        # The node that keeps the rendezvous is the first; that the other is the one to go is said in the README.
+        # The first node keeps the list of those who meet, and is not the one to go.
         command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3',
                    '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{self.port}', f'--rdzv_id={name}', '--local_addr=127.0.0.1',
                    f'--rdzv_conf=is_host={int(node == 0)}',
