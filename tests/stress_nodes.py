@@ -1,6 +1,6 @@
 """Two torchrun agents as two nodes; one is killed with all its processes and comes back: the run ends with the same weights.
 
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is needed for that: without it, PyTorch 2.15's agents wait in vain for a node that comes back.
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is needed: else the agents of PyTorch 2.15 wait in vain for a node that comes back.
 """
 
 import os
