@@ -111,7 +111,7 @@ def fit(args, model, model_without_ddp, criterion, loader_train, loader_val, opt
     def save(epoch, **inside):
         misc.save_model(args, epoch - 1, model, model_without_ddp, optimizer, loss_scaler, max_accuracy=max_accuracy, **inside)
 
-    interruption = Interruption(args, save, resumed)
+    interruption = Interruption(args, save, len(loader_train), resumed)
     log_writer = open_log(args, args.start_epoch + interruption.step / len(loader_train))
     n_parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
     max_accuracy = (resumed or {}).get('max_accuracy', -1.0)

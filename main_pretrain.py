@@ -105,7 +105,7 @@ def main(args):
     def save(epoch, **inside):
         misc.save_model(args, epoch - 1, model, model_without_ddp, optimizer, loss_scaler, **inside)
 
-    interruption = Interruption(args, save, resumed)
+    interruption = Interruption(args, save, len(data_loader), resumed)
     log_writer = open_log(args, args.start_epoch + interruption.step / len(data_loader))
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):
