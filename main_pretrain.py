@@ -17,6 +17,7 @@ from util.loader import build_loader
 from util.logs import log_epoch, open_log
 from util.seeding import seeded
 from util.teacher import build_teacher
+from util.visualize import fixed_images, log_panels
 
 
 def get_args_parser():
@@ -35,6 +36,8 @@ def get_args_parser():
     group.add_argument('--average_targets', default=1, type=bounded(int, 1), metavar='K',
                        help="target: mean over the teacher's last K blocks")
     add_common_arguments(parser, epochs=400, warmup_epochs=40)
+    parser.add_argument('--vis_every', default=0, type=bounded(int, 0), metavar='N',
+                        help='pictures of masks, features and predictions to TensorBoard after every N-th epoch; 0: none')
     return parser
 
 
@@ -42,6 +45,8 @@ def check(args):
     """Combinations of flags that cannot work."""
     if args.attn_mask and not args.use_clip:
         raise UserError('--attn_mask needs the teacher that --use_clip brings; give both or neither')
+    if args.vis_every and not args.log_dir:
+        raise UserError('--vis_every draws into TensorBoard: give --log_dir, the folder of its events')
 
 
 def build_model(args, teacher):
@@ -97,12 +102,14 @@ def main(args):
 
     # loop
     log_writer = open_log(args)
+    vis_images = fixed_images(args, data_loader.dataset) if args.vis_every else None
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):
         data_loader.set_epoch(epoch)
         train_stats = train_one_epoch(
             model, data_loader, optimizer, device, epoch, loss_scaler, log_writer=log_writer, args=args, teacher=teacher)
         misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
+        log_panels(args, log_writer, epoch, model_without_ddp, teacher, vis_images)
         log_epoch(args, log_writer, {**{f'train_{k}': v for k, v in train_stats.items()}, 'epoch': epoch})
     print(f'Training time {datetime.timedelta(seconds=int(time.time() - start))}')
 
