@@ -18,6 +18,7 @@ from util.errors import UserError
 from util.seeding import sample_noise, seeded
 
 HIDDEN = np.uint8(224)  # the grey of patches that are hidden
+GAP = 4  # pixels between pictures in TensorBoard
 SEQUENTIAL = (16, 12, 60), (110, 26, 110), (205, 62, 78), (248, 160, 60), (252, 250, 190)  # from low to high
 DIVERGING = (38, 72, 165), (240, 240, 240), (170, 34, 40)
 MEAN, STD = [torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
@@ -249,4 +250,5 @@ def log_panels(args, log_writer, epoch, model, teacher, imgs):
         return
     seen = look(model, teacher, imgs.to(model.pos_embed.device), args.mask_ratio, args.seed)
     for name, panel in draw_panels(seen).items():
+        panel = np.pad(panel, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=255)
         log_writer.add_images(f'vis/{name}', panel, (epoch + 1) * 1000, dataformats='NHWC')

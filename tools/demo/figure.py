@@ -76,7 +76,7 @@ def text_query(output_dir, classes=('striped', 'bricked'), others=('ringed', 'pl
     rows, value_range = visualize.text_rows(seen, parts.features, parts.scale)
     figure = visualize.new_figure(1 + len(texts), len(rows) * len(files))
     figure.suptitle('What is hidden here? Texts compared with the tokens that MILAN predicts for patches it does not see\n'
-                    f"Light: the text fits. Upper rows: the demo's teacher; lower rows: its pupil after "
+                    f"Light: the text fits. Upper rows: the demo's teacher; lower rows: MILAN after "
                     f'{parts.settings.epochs} epochs')
     axes = figure.subplots(len(rows) * len(files), 1 + len(texts))
     for n in range(len(files)):
