@@ -36,8 +36,10 @@ def get_args_parser():
     group.add_argument('--average_targets', default=1, type=bounded(int, 1), metavar='K',
                        help="target: mean over the teacher's last K blocks")
     add_common_arguments(parser, epochs=400, warmup_epochs=40)
-    parser.add_argument('--vis_every', default=0, type=bounded(int, 0), metavar='N',
-                        help='pictures of masks, features and predictions to TensorBoard after every N-th epoch; 0: none')
+    group = parser.add_argument_group('pictures')
+    group.add_argument('--vis_every', default=0, type=bounded(int, 0), metavar='N',
+                       help='masks, features and predictions of a few images to TensorBoard after every N-th epoch and the '
+                            'last; 0: none')
     return parser
 
 

@@ -234,9 +234,9 @@ def odd_pictures(tmp_path_factory):
     root = tmp_path_factory.mktemp('pictures')
     draw_photo(root / 'dog.jpg', 1, (90, 300))
     draw_photo(root / 'other' / 'Dog.png', 2, (20, 10))
-    Image.new('I;16', (70, 64), 40000).save(root / 'deep $1_2$.png')
+    Image.new('I;16', (70, 64), 40000).save(root / 'deep $1_$.png')
     Image.new('RGBA', (1, 64), (255, 0, 0, 100)).save(root / 'thin.webp')
-    return [root / 'dog.jpg', root / 'other' / 'Dog.png', root / 'deep $1_2$.png', root / 'thin.webp']
+    return [root / 'dog.jpg', root / 'other' / 'Dog.png', root / 'deep $1_$.png', root / 'thin.webp']
 
 
 def sizes(folder):
@@ -253,9 +253,9 @@ def test_figures(milan, odd_pictures, tmp_path):
     assert result.returncode == 0, result.stderr
     found = sizes(tmp_path / 'plain')
     assert list(found) and found.keys() == {
-        'dog-visualized.png', 'Dog-visualized-2.png', 'deep $1_2$-visualized.png', 'thin-visualized.png'}
+        'dog-visualized.png', 'Dog-visualized-2.png', 'deep $1_$-visualized.png', 'thin-visualized.png'}
     assert len(set(found.values())) == 1 and 'Left out' not in result.stdout
-    result = draw(milan, odd_pictures[0], '--output_dir', tmp_path / 'texts', '--text', 'a dog', 'costs $5_x or $6^', '草')
+    result = draw(milan, odd_pictures[0], '--output_dir', tmp_path / 'texts', '--text', 'a dog', 'costs $5^$', 'grüne Wiese')
     assert result.returncode == 0, result.stderr
     width, height = sizes(tmp_path / 'texts')['dog-visualized.png']
     assert width == found['dog-visualized.png'][0] and height == 2 * found['dog-visualized.png'][1]
@@ -294,16 +294,18 @@ def test_what_cannot_be_drawn_is_said(pretrained, milan, talking_clip, odd_pictu
     for file, flags, panels, said in (
             (pretrained, [], 4, no_teacher),
             (pretrained, ['--clip_path', talking_clip, '--text', 'a dog', 'grass'], 12, 'texts beside the predictions'),
-            (tmp_path / 'encoder.pth', [], 2, 'no decoder in the checkpoint'),
             (tmp_path / 'classifier.pth', [], 2, 'no decoder in the checkpoint'),
             (tmp_path / 'encoder.pth', ['--clip_path', talking_clip], 8, 'no decoder in the checkpoint'),
+            (tmp_path / 'encoder.pth', [], 2, 'no decoder in the checkpoint'),
             (tmp_path / 'nameless.pth', [*named, '--clip_path', talking_clip], 8, ''),
             (milan, ['--clip_path', '', '--no-attn_mask'], 4, no_teacher)):
-        result = draw(file, odd_pictures[0], *flags, '--output_dir', tmp_path / 'out')
+        result = draw(file, odd_pictures[0], *flags, '--output_dir', tmp_path / file.stem)
         assert result.returncode == 0, result.stderr
         assert said in result.stdout and result.stdout.count('Left out') == (said != '')
-        width, height = sizes(tmp_path / 'out')['dog-visualized.png']
+        width, height = sizes(tmp_path / file.stem)['dog-visualized.png']
         assert round(width / 286) == min(panels, 4) and round(height / 319) == math.ceil(panels / 4), (file, flags)
+    figures = [(tmp_path / name / 'dog-visualized.png').read_bytes() for name in ('encoder', 'classifier')]
+    assert figures[0] == figures[1]  # the norm has another name, and is the same
 
 
 WRONG = {

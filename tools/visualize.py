@@ -250,7 +250,7 @@ def get_args_parser():
     parser = Parser('tools/visualize.py', description=__doc__.split('\n\n')[0], allow_abbrev=False)
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='of pretraining; of any other, what its encoder shows')
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='pictures of any format and size, cut as in evaluation')
-    parser.add_argument('--text', nargs='+', default=[], metavar='TEXT',
+    parser.add_argument('--text', nargs='+', metavar='TEXT',
                         help='draw how well each text describes the patches, hidden ones too: its share among several texts '
                              '(softmax), or the cosine minus its mean where it is the only one')
     parser.add_argument('--output_dir', default='./visualized', metavar='DIR', help='a NAME-visualized.png for each picture')
@@ -278,6 +278,7 @@ def prepare(args):
         Namespace of settings (see settings_of), model, teacher (or None), images (a list of [1, 3, H, W] on the device), and
         features and scale of the texts (see read_texts), which are None where there is no text.
     """
+    args.text = args.text or []
     choose_device(args)
     device = torch.device(args.device)
     checkpoint, state_dict = read_weights(args.checkpoint)
