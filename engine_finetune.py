@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from util import lr_sched, misc
 from util.datasets import normalise
 from util.errors import UserError
+from util.interruption import Interruption
 from util.logs import LossLog, log_epoch, open_log
 from util.seeding import seed_step
 
 
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=None, mixup_fn=None,
-                    log_writer=None, args=None):
+                    log_writer=None, args=None, interruption=None):
     """Train for one pass over ``data_loader`` and return {'loss': ..., 'lr': ...}, means over steps and processes.
 
     Args:
@@ -24,14 +25,15 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         data_loader: gives (images [N, 3, H, W], bytes or normalised floats, classes [N], sample numbers [N]).
         max_norm: gradients are clipped to this norm; None: not.
         mixup_fn: timm.data.Mixup, or None.
+        interruption: util.interruption.Interruption, or None: nothing is saved inside the epoch.
 
     Raises:
-        UserError: the loss is no longer finite. Nothing is saved then, so the last checkpoint is still good.
+        UserError: too many steps in a row were left out for gradients that are not finite. The last checkpoint is still good.
     """
     model.train()
     optimizer.zero_grad()
-    losses = LossLog('loss', args, epoch, data_loader, log_writer)
-    for step, (samples, targets, *_) in enumerate(losses):
+    losses = LossLog('loss', args, epoch, data_loader, log_writer, interruption)
+    for step, (samples, targets, ids) in losses:
         if step % args.accum_iter == 0:
             lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / len(data_loader), args)
         update = (step + 1) % args.accum_iter == 0
@@ -45,7 +47,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         loss_scaler(loss / args.accum_iter, optimizer, clip_grad=max_norm, parameters=model.parameters(), update_grad=update)
         if update:
             optimizer.zero_grad()
-        losses.add(step, lr, loss)
+        losses.add(step, lr, loss, loss_scaler.skipped, ids)
     return losses.means()
 
 
@@ -95,35 +97,41 @@ def print_accuracy(test_stats):
 
 
 def fit(args, model, model_without_ddp, criterion, loader_train, loader_val, optimizer, loss_scaler, device, mixup_fn=None,
-        max_accuracy=-1.0):
+        resumed=None):
     """Train from args.start_epoch to args.epochs; after every epoch evaluate, log and save. Prints the best accuracy.
 
     Args:
-        max_accuracy: the best top-1 accuracy so far in per cent, of a run that is resumed; -1: none yet.
+        resumed: what load_model gave of the checkpoint that this run goes on from; {} or None: it begins.
     """
     if args.start_epoch >= args.epochs:
         print(f'Nothing to do: all of --epochs {args.epochs} are done')
         return
     print(f'{len(loader_train.dataset)} training images, {len(loader_train)} steps an epoch; '
           f'{len(loader_val.dataset)} validation images')
-    log_writer = open_log(args)
+    def save(epoch, **inside):
+        misc.save_model(args, epoch - 1, model, model_without_ddp, optimizer, loss_scaler, max_accuracy=max_accuracy, **inside)
+
+    interruption = Interruption(args, save, resumed)
+    log_writer = open_log(args, args.start_epoch + interruption.step / len(loader_train))
     n_parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
+    max_accuracy = (resumed or {}).get('max_accuracy', -1.0)
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):
-        loader_train.set_epoch(epoch)
+        loader_train.set_epoch(epoch, interruption.start_of(epoch)[0])
         train_stats = train_one_epoch(
             model, criterion, loader_train, optimizer, device, epoch, loss_scaler, max_norm=getattr(args, 'clip_grad', None),
-            mixup_fn=mixup_fn, log_writer=log_writer, args=args)
+            mixup_fn=mixup_fn, log_writer=log_writer, args=args, interruption=interruption)
         test_stats = evaluate(loader_val, model_without_ddp, device, args.amp, args.print_freq)
         is_best = test_stats['acc1'] > max_accuracy
         max_accuracy = max(max_accuracy, test_stats['acc1'])
         print(f'Epoch [{epoch}] top-1 {test_stats["acc1"]:.2f} %, top-5 {test_stats["acc5"]:.2f} %, '
               f'loss {test_stats["loss"]:.4f}; best top-1 {max_accuracy:.2f} %')
-        misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is_best, max_accuracy=max_accuracy)
         if log_writer is not None:
             for name in ('acc1', 'acc5', 'loss'):
                 log_writer.add_scalar(f'perf/test_{name}', test_stats[name], epoch)
         log_epoch(args, log_writer, {
             **{f'train_{k}': v for k, v in train_stats.items()}, **{f'test_{k}': test_stats[k] for k in ('loss', 'acc1', 'acc5')},
             'epoch': epoch, 'n_parameters': n_parameters})
+        misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is_best, max_accuracy=max_accuracy)
+        interruption.after_epoch(epoch)
     print(f'Training time {datetime.timedelta(seconds=int(time.time() - start))}')

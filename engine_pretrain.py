@@ -7,22 +7,24 @@ from util.logs import LossLog
 from util.seeding import sample_noise
 
 
-def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, log_writer=None, args=None, teacher=None):
+def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, log_writer=None, args=None, teacher=None,
+                    interruption=None):
     """Train for one pass over ``data_loader`` and return {'loss': ..., 'lr': ...}, means over steps and processes.
 
     Args:
         model: MaskedAutoencoderViT, or DDP around one.
         data_loader: gives (images [N, 3, H, W], bytes or normalised floats, classes [N], sample numbers [N]).
+        interruption: util.interruption.Interruption, or None: nothing is saved inside the epoch.
         teacher: module from images to (tokens [N, L+1, D_t], importance [N, L]), or None for the pixel target.
 
     Raises:
-        UserError: the loss is no longer finite. Nothing is saved then, so the last checkpoint is still good.
+        UserError: too many steps in a row were left out for gradients that are not finite. The last checkpoint is still good.
     """
     model.train()
     optimizer.zero_grad()
     num_patches = getattr(model, 'module', model).patch_embed.num_patches
-    losses = LossLog('train_loss', args, epoch, data_loader, log_writer)
-    for step, (samples, _, ids) in enumerate(losses):
+    losses = LossLog('train_loss', args, epoch, data_loader, log_writer, interruption)
+    for step, (samples, _, ids) in losses:
         if step % args.accum_iter == 0:
             lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / len(data_loader), args)
         update = (step + 1) % args.accum_iter == 0
@@ -36,5 +38,5 @@ def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, l
         loss_scaler(loss / args.accum_iter, optimizer, update_grad=update)
         if update:
             optimizer.zero_grad()
-        losses.add(step, lr, loss)
+        losses.add(step, lr, loss, loss_scaler.skipped, ids)
     return losses.means()

@@ -101,7 +101,7 @@ def main(args):
         model_without_ddp.compile()
     model = distribute(args, model_without_ddp, device)
     fit(args, model, model_without_ddp, criterion, loader_train, loader_val, optimizer, loss_scaler, device, mixup_fn,
-        max_accuracy=resumed.get('max_accuracy', -1.0))
+        resumed=resumed)
 
 
 if __name__ == '__main__':

@@ -9,6 +9,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from util.integrity import check_claims
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 class QuickGELU(nn.Module):
     def forward(self, x):
@@ -71,8 +76,12 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """CLIP's image tower.
 
-    Attributes: input_resolution and patch_size in pixels, grid_size in patches a side, output_dim.
+    Attributes: input_resolution and patch_size in pixels, grid_size in patches a side, output_dim, and layers, mean, std and
+    answer as util/teacher.py has them.
     """
+
+    mean, std = MEAN, STD
+    answer = 'class token'
 
     def __init__(self, input_resolution, patch_size, width, layers, heads, output_dim):
         super().__init__()
@@ -80,6 +89,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.grid_size = input_resolution // patch_size
         self.output_dim = output_dim
+        self.layers = layers
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
@@ -88,6 +98,16 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(width, layers, heads)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
+
+    def set_grid_size(self, grid_size):
+        """Take images of grid_size x grid_size patches from now on; the position embedding is resized as timm does it."""
+        from timm.layers import resample_abs_pos_embed  # the rest of clip/ does without timm
+        if grid_size == self.grid_size:
+            return
+        table = resample_abs_pos_embed(self.positional_embedding.data[None], [grid_size, grid_size])[0]
+        self.positional_embedding = nn.Parameter(table)
+        self.grid_size = grid_size
+        self.input_resolution = grid_size * self.patch_size
 
     def embed(self, images):
         """images [N, 3, R, R] -> the first block's input [N, L+1, width]."""
@@ -189,6 +209,10 @@ def build_model(state_dict):
     state_dict = {k: v for k, v in state_dict.items() if k not in ('input_resolution', 'context_length', 'vocab_size')}
     if 'visual.layer1.0.conv1.weight' in state_dict or 'visual.attnpool.positional_embedding' in state_dict:
         raise ValueError('a ResNet CLIP has no patch tokens and cannot be a teacher; take one of the ViT models')
+    check_claims(state_dict)
+    for name, value in state_dict.items():
+        if not value.is_floating_point() or value.numel() == 0:
+            raise ValueError(f'not the state dict of a ViT CLIP: {name} is {value.dtype} of shape {list(value.shape)}')
     try:
         vision_width, _, patch_size, _ = state_dict['visual.conv1.weight'].shape
         grid = math.isqrt(state_dict['visual.positional_embedding'].shape[0] - 1)
@@ -210,7 +234,7 @@ def build_model(state_dict):
         model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state_dict.items()}, assign=True)
     except KeyError as e:
         raise ValueError(f'not the state dict of a ViT CLIP: it has no {e.args[0]}') from None
-    except RuntimeError as e:
+    except (RuntimeError, IndexError) as e:
         reason = str(e).splitlines()[1:2] or [str(e)]
         raise ValueError(f'not the state dict of a ViT CLIP: {reason[0].strip()}') from None
     return model.eval()

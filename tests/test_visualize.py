@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY_CLIP, draw_photo, pretrain, run, script
@@ -36,15 +37,31 @@ def talking_clip(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def runs(small_images, talking_clip, tmp_path_factory):
-    """Two equal MILAN runs of 5 epochs, `drawn` with --vis_every 3 and `plain` without."""
-    root = tmp_path_factory.mktemp('runs')
-    flags = ['--model', 'mae_vit_tiny_patch8', '--input_size', 64, '--amp', 'fp32', '--batch_size', 8, '--num_workers', 1,
-             '--data_path', small_images, '--clip_path', talking_clip, '--use_clip', '--change_decoder', '--attn_mask',
-             '--blr', 0.05, '--warmup_epochs', 1, '--epochs', 5]
-    for name, extra in (('drawn', ['--vis_every', 3]), ('plain', [])):
-        result = pretrain(*flags, '--output_dir', root / name, '--log_dir', root / name, *extra)
+def timm_vit(tmp_path_factory):
+    """Weights of a ViT of timm's: ['--teacher', its name, '--teacher_path', their file]."""
+    path = tmp_path_factory.mktemp('timm') / 'vit.pth'
+    torch.save(timm.create_model('vit_tiny_patch16_224', num_classes=0).state_dict(), path)
+    return ['--teacher', 'vit_tiny_patch16_224', '--teacher_path', path]
+
+
+@pytest.fixture(scope='module')
+def pretrain_milan(small_images, talking_clip):
+    """A function that runs 5 epochs of MILAN into a folder."""
+    def start(out, *flags):
+        result = pretrain(
+            '--model', 'mae_vit_tiny_patch8', '--input_size', 64, '--amp', 'fp32', '--batch_size', 8, '--num_workers', 1,
+            '--data_path', small_images, '--clip_path', talking_clip, '--use_clip', '--change_decoder', '--attn_mask',
+            '--blr', 0.05, '--warmup_epochs', 1, '--epochs', 5, '--output_dir', out, '--log_dir', out, *flags)
         assert result.returncode == 0, result.stderr
+    return start
+
+
+@pytest.fixture(scope='module')
+def runs(pretrain_milan, tmp_path_factory):
+    """Two equal runs, `drawn` with --vis_every 3 and `plain` without."""
+    root = tmp_path_factory.mktemp('runs')
+    pretrain_milan(root / 'drawn', '--vis_every', 3)
+    pretrain_milan(root / 'plain')
     return root
 
 
@@ -81,14 +98,15 @@ def test_pictures_change_nothing_in_the_training(runs):
     assert files[0] == files[1]  # but for the numbers in the names of TensorBoard's
 
 
-def test_pictures_in_tensorboard(runs):
-    """After every third epoch and the last, at the curves' places on the x axis."""
+def test_pictures_in_tensorboard(runs, pretrain_milan):
+    """After every third epoch and the last, at the curves' places on the x axis; a resumed run goes on with them."""
+    pretrain_milan(runs / 'drawn', '--vis_every', 3, '--resume', runs / 'drawn' / 'checkpoint-0.pth')
     events, others = [EventAccumulator(str(runs / name)).Reload() for name in ('drawn', 'plain')]
     assert not others.Tags()['images'] and others.Tags()['scalars'] == events.Tags()['scalars']
     names = 'image', 'importance', 'visible_semantic', 'visible_uniform', 'encoder', 'teacher', 'prediction', 'agreement'
     assert sorted(events.Tags()['images']) == sorted(f'vis/{name}' for name in names)
     for name in names:
-        assert [e.step for e in events.Images(f'vis/{name}')] == [1000, 4000, 5000]
+        assert [e.step for e in events.Images(f'vis/{name}')] == [999, 3999, 4999]
     first, *_, last = events.Images('vis/prediction')
     assert (last.width, last.height) == (4 * (64 + visualize.GAP), 64)
     assert first.encoded_image_string != last.encoded_image_string
@@ -280,7 +298,7 @@ def test_the_teacher_s_text_map_is_clip_s(milan, talking_clip, odd_pictures):
         assert (maps[k][shown] == seen.pixels[shown]).all() and (maps[k][~shown] != seen.pixels[~shown]).any()
 
 
-def test_what_cannot_be_drawn_is_said(pretrained, milan, talking_clip, odd_pictures, tmp_path):
+def test_what_cannot_be_drawn_is_said(pretrained, milan, talking_clip, timm_vit, odd_pictures, tmp_path):
     """MAE's checkpoint, an encoder alone, and flags in place of what a checkpoint does not say of itself."""
     state_dict = load(milan)['model']
     encoder = {name: value for name, value in state_dict.items() if not name.startswith(('decoder', 'mask_token'))}
@@ -294,6 +312,7 @@ def test_what_cannot_be_drawn_is_said(pretrained, milan, talking_clip, odd_pictu
     for file, flags, panels, said in (
             (pretrained, [], 4, no_teacher),
             (pretrained, ['--clip_path', talking_clip, '--text', 'a dog', 'grass'], 12, 'texts beside the predictions'),
+            (pretrained, timm_vit, 6, ''),
             (tmp_path / 'classifier.pth', [], 2, 'no decoder in the checkpoint'),
             (tmp_path / 'encoder.pth', ['--clip_path', talking_clip], 8, 'no decoder in the checkpoint'),
             (tmp_path / 'encoder.pth', [], 2, 'no decoder in the checkpoint'),
@@ -318,6 +337,12 @@ WRONG = {
     'no teacher file': (['MILAN', 'PICTURE', '--clip_path', 'nowhere.pt'], '--clip_path nowhere.pt'),
     'nothing visible': (['MILAN', 'PICTURE', '--mask_ratio', '0.99'], 'leaves none of 64 patches visible'),
     'text without teacher': (['MILAN', 'PICTURE', '--clip_path', '', '--text', 'x'], '--text compares texts'),
+    'teacher without texts': (['MAE', 'PICTURE', '--text', 'x', '--teacher', 'vit_tiny_patch16_224', '--teacher_path', 'TIMM'],
+                              '--text compares texts'),
+    'no such teacher': (['MILAN', 'PICTURE', '--teacher', 'vit_huge'], '--teacher vit_huge'),
+    'two teachers': (['MILAN', 'PICTURE', '--teacher', 'ViT-B/16', '--clip_path', 'CLIP'], 'name two teachers'),
+    'teacher of another width': (['MILAN', 'PICTURE', '--teacher', 'vit_tiny_patch16_224', '--teacher_path', 'TIMM'],
+                                 'are 192 wide and the model predicts 48'),
     'text too long': (['MILAN', 'PICTURE', '--text', 'word ' * 20], 'too many for a context of 16'),
     'text empty': (['MILAN', 'PICTURE', '--text', 'a dog', ' '], '--text: one of the texts is empty'),
     'text of other tokens': (['MILAN', 'PICTURE', '--text', 'grass', '--clip_path', 'MUTE'], 'knows 512 tokens'),
@@ -328,13 +353,14 @@ WRONG = {
 
 
 @pytest.fixture(scope='module')
-def files(milan, tiny_clip, talking_clip, odd_pictures, tmp_path_factory):
+def files(milan, pretrained, tiny_clip, talking_clip, timm_vit, odd_pictures, tmp_path_factory):
     root = tmp_path_factory.mktemp('files')
     whole = load(milan)
     torch.save({'model': whole['model']}, root / 'NAMELESS')
-    torch.save({'model': {**whole['model'], 'cls_token': torch.full((1, 1, 192), math.nan)}, 'args': whole['args']}, root / 'NAN')
-    return {'MILAN': milan, 'CLIP': talking_clip, 'MUTE': tiny_clip, 'PICTURE': odd_pictures[0],
-            'NAMELESS': root / 'NAMELESS', 'NAN': root / 'NAN'}
+    whole['model']['cls_token'][:] = math.nan
+    torch.save({'model': whole['model'], 'args': whole['args']}, root / 'NAN')
+    return {'MILAN': milan, 'MAE': pretrained, 'CLIP': talking_clip, 'MUTE': tiny_clip, 'TIMM': timm_vit[3],
+            'PICTURE': odd_pictures[0], 'NAMELESS': root / 'NAMELESS', 'NAN': root / 'NAN'}
 
 
 @pytest.mark.parametrize('case', WRONG)

@@ -18,7 +18,6 @@ import contextlib
 import gc
 import json
 import os
-import platform
 import re
 import shlex
 import signal
@@ -30,9 +29,7 @@ import time
 from pathlib import Path
 from statistics import mean, median
 
-import timm
 import torch
-import torchvision
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import datasets, transforms
 
@@ -47,6 +44,7 @@ from util.datasets import BICUBIC, build_dataset, build_pretrain_transform, imag
 from util.errors import UserError, as_user_error  # noqa: E402
 from util.loader import build_loader  # noqa: E402
 from util.misc import run  # noqa: E402
+from util.provenance import describe_machine, describe_versions  # noqa: E402
 
 # ---- the loader ----
 
@@ -152,19 +150,6 @@ def log_lines(command, options):
 
 # ---- what is said ----
 
-def describe_machine():
-    info = Path('/proc/cpuinfo')
-    model = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return {'cpu': model[1] if model else platform.processor(), 'cores': cores, 'threads': torch.get_num_threads(),
-            'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-
-
-def describe_versions():
-    return {'python': platform.python_version(), 'torch': torch.__version__, 'cuda': torch.version.cuda,
-            'torchvision': torchvision.__version__, 'timm': timm.__version__}
-
-
 def print_step(r):
     book, ours = r['precision']['textbook'], r['precision']['ours']
     print(f'\nstep: {r["model"]}, {r["input_size"]} pixels, batch {r["batch_size"]}, {r["device"]}')
@@ -254,6 +239,8 @@ def main(options):
     parser = main_pretrain.get_args_parser()
     parser.set_defaults(model='mae_vit_base_patch16', clip_path='', batch_size=256 if torch.cuda.is_available() else 8)
     args = parser.parse_args([*options.rest, *MILAN])
+    if args.teacher or args.use_clip_dino or args.use_clip_slip:
+        raise UserError('the formulation to compare with knows one teacher, CLIP; give --clip_path or nothing')
     if options.what != 'step':
         image_files(args)  # what is wrong with --data_path is said now and not after minutes
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import models_milan  # noqa: E402
 import models_vit  # noqa: E402
-from util import formats  # noqa: E402
+from util import formats, integrity  # noqa: E402
 from util.arguments import Parser  # noqa: E402
 from util.checkpoint import read_weights, save_on_master  # noqa: E402
 from util.errors import UserError, as_user_error, first_line  # noqa: E402
@@ -42,6 +42,8 @@ TOLD = ('model', 'input_size', 'nb_classes', 'global_pool', 'global_pool_wcls', 
 def read(path):
     """(state dict under our names, dict of text that says what it is: epoch and flags) of a checkpoint file."""
     checkpoint, state_dict = read_weights(path)
+    with as_user_error(path, ValueError):
+        integrity.check_claims(state_dict)
     # a tensor may be a window onto a larger storage, all of which would be saved with it
     state_dict = {name: torch.as_tensor(value).clone(memory_format=torch.contiguous_format) for name, value in state_dict.items()}
     args = checkpoint.get('args')
@@ -137,7 +139,8 @@ def save(content, path, about):
         return save_on_master(content, path)
     part = f'{path}.tmp'
     try:
-        safetensors.torch.save_file(content, part, metadata={'format': 'pt', **about})
+        metadata = {'format': 'pt', **about, integrity.SEAL: integrity.digest(content)}
+        safetensors.torch.save_file(content, part, metadata=metadata)
         os.replace(part, path)
     except (OSError, safetensors.SafetensorError) as e:
         if os.path.exists(part):

@@ -30,7 +30,7 @@ from util.datasets import build_transform, normalise  # noqa: E402
 from util.errors import UserError, as_user_error, first_line  # noqa: E402
 from util.images import ImageFile, UnreadableImage  # noqa: E402
 from util.misc import run  # noqa: E402
-from util.teacher import build_teacher  # noqa: E402
+from util.teacher import build_teacher, check_teacher  # noqa: E402
 from util.visualize import (  # noqa: E402
     colours,
     draw_panels,
@@ -42,6 +42,7 @@ from util.visualize import (  # noqa: E402
 )
 
 COLUMNS = 4
+TEACHER_FLAGS = 'clip_path', 'teacher', 'teacher_path', 'use_clip_dino', 'use_clip_slip'
 
 TITLES = {
     'image': 'the picture',
@@ -67,6 +68,8 @@ def settings_of(args, checkpoint):
     saved = {name: value for name, value in saved.items()
              if defaults.get(name) is None or isinstance(value, type(defaults[name]))}  # or it is another project's flag
     given = {name: value for name, value in vars(args).items() if value is not None}
+    if 'clip_path' in given or 'teacher' in given:  # in place of its own teacher
+        saved = {name: value for name, value in saved.items() if name not in TEACHER_FLAGS}
     merged = {**defaults, 'model': None, **saved, **given}
     return argparse.Namespace(**{**merged, 'amp': 'fp32', 'compile': False})
 
@@ -84,6 +87,7 @@ def build_model(settings, state_dict, path):
         tensors = {name.removeprefix('fc_'): value for name, value in tensors.items() if not name.startswith('head')}
         model.load_state_dict(tensors, strict=False)
         settings.input_size = arguments['img_size']
+        settings.model = settings.model or 'the encoder'
     else:
         if settings.model not in MODELS:
             said = f'names the model {settings.model}, unknown here' if settings.model else 'does not say what its model is'
@@ -105,37 +109,40 @@ def build_model(settings, state_dict, path):
 
 
 def open_teacher(args, settings, model, device):
-    """The teacher that the model learned from, or the one of --clip_path; None without, and with --clip_path ''."""
-    wanted = settings.use_clip if args.clip_path is None else args.clip_path
-    if not wanted:
+    """The teacher that the model learned from, or the one of the flags; None without, and with --clip_path ''."""
+    given = [name for name in (args.clip_path, args.teacher) if name is not None]
+    if not (any(given) if given else settings.use_clip):
         return None
-    teacher = build_teacher(settings, device)
-    grid = model.patch_embed.grid_size[0]
-    if teacher.grid_size != grid:
-        raise UserError(f'the teacher {settings.clip_path} has {teacher.grid_size}x{teacher.grid_size} patches and the '
-                        f'model {grid}x{grid}; give --clip_path the one it was trained with')
+    check_teacher(argparse.Namespace(**vars(settings)))
+    teacher = build_teacher(settings, model.patch_embed.grid_size[0], device)
     if len(model.decoder_blocks) and model.use_clip and teacher.dim != model.decoder_pred.out_features:
-        raise UserError(f'the teacher {settings.clip_path} has tokens of width {teacher.dim} and the model predicts '
-                        f'{model.decoder_pred.out_features}; give --clip_path the one it was trained with')
+        raise UserError(f'the tokens of this teacher are {teacher.dim} wide and the model predicts '
+                        f'{model.decoder_pred.out_features}: name the one that it was trained with')
     return teacher
+
+
+def text_tower(settings):
+    """Name or file of the CLIP whose image tower the teacher is; '' for teachers of another kind."""
+    if settings.use_clip_dino or settings.use_clip_slip:
+        return ''
+    if settings.teacher:
+        return (settings.teacher_path or settings.teacher) if settings.teacher in clip.available_models() else ''
+    return settings.clip_path
 
 
 def read_texts(texts, settings, teacher):
     """(features [K, D] of length 1, CLIP's scale of the logits) of the texts, from the text tower beside the teacher."""
-    where = f'--text with --clip_path {settings.clip_path}'
-    if teacher is None:
-        raise UserError('--text compares texts with the tokens of a CLIP, and there is no teacher: give --clip_path')
+    path = text_tower(settings)
+    if teacher is None or not path:
+        raise UserError('--text compares texts with the tokens of a CLIP that has a text tower: give it by --clip_path')
     if not all(text.strip() for text in texts):
         raise UserError('--text: one of the texts is empty')
-    with as_user_error(where, OSError, ValueError, RuntimeError), torch.no_grad():
-        model, _ = clip.load(settings.clip_path, 'cpu')
+    with as_user_error(f'--text with the CLIP {path}', OSError, ValueError, RuntimeError), torch.no_grad():
+        model, _ = clip.load(path, 'cpu')
         ids = clip.tokenize(texts, model.context_length)
         if ids.max() >= model.vocab_size:
             raise ValueError(f'its text tower knows {model.vocab_size} tokens, and the texts need others')
-        features = F.normalize(model.encode_text(ids), dim=-1)
-    if features.shape[1] != teacher.dim:
-        raise UserError(f'{where}: its texts are {features.shape[1]} wide and the tokens of the teacher {teacher.dim}')
-    return features, model.logit_scale.exp().item()
+        return F.normalize(model.encode_text(ids), dim=-1), model.logit_scale.exp().item()
 
 
 def left_out(model, teacher, texts):
@@ -262,6 +269,8 @@ def get_args_parser():
     group.add_argument('--input_size', type=bounded(int, 1, 4096), help='pixels along a side')
     group.add_argument('--mask_ratio', type=bounded(float, 0, 1, open_high=True), help='share of patches hidden')
     group.add_argument('--clip_path', metavar='FILE|NAME', help="the teacher, which --text asks too; '': none")
+    group.add_argument('--teacher', metavar='NAME', help="a teacher in place of --clip_path's")
+    group.add_argument('--teacher_path', metavar='FILE', help='its weights')
     group.add_argument('--teacher_norm', choices=['imagenet', 'own'], help="what normalises the teacher's input")
     for name, text in (('use_clip', "it predicts the teacher's features"),
                        ('change_decoder', 'it has the prompting decoder'),

@@ -9,6 +9,7 @@ import timm.layers
 import torch
 
 from util import misc
+from util.checkpoint import resolve_resume
 from util.errors import UserError
 
 
@@ -86,18 +87,25 @@ def add_common_arguments(parser, **defaults):
     group.add_argument('--no_pin_mem', action='store_false', dest='pin_mem')
     group.add_argument('--max_bad_images', default=100, type=bounded(int, 0), metavar='N',
                        help='unreadable image files that a process passes over before the run stops')
+    group.add_argument('--max_skipped_steps', default=10, type=bounded(int, 0), metavar='N',
+                       help='steps in a row that are left out for gradients that are not finite before the run stops')
     group.add_argument('--save_every', default=20, type=bounded(int, 1), metavar='N',
                        help='checkpoint-EPOCH.pth after every N-th epoch and the last; checkpoint-last.pth is always the newest')
     group.add_argument('--output_dir', default='./output_dir', metavar='DIR', help="checkpoints and log.txt; '' writes none")
     group.add_argument('--log_dir', default='./output_dir', metavar='DIR', help="TensorBoard's events; '' writes none")
     group.add_argument('--print_freq', default=20, type=bounded(int, 1), metavar='N', help='steps between two log lines')
-    group.add_argument('--resume', default='', metavar='FILE', help='checkpoint to continue from')
+    group.add_argument('--save_minutes', default=None, type=bounded(float, 0), metavar='MINUTES',
+                       help='save inside epochs too, as checkpoint-last.pth, after so many minutes')
+    group.add_argument('--resume', default='', metavar='FILE',
+                       help='checkpoint to continue from; auto: the newest whole one in --output_dir, if there is one')
     group.add_argument('--start_epoch', default=0, type=bounded(int, 0), metavar='N', help='without --resume')
 
     group = parser.add_argument_group('processes (set by the launchers)')
     group.add_argument('--world_size', default=1, type=int, help='number of processes')
     group.add_argument('--local_rank', '--local-rank', default=-1, type=int, help="the process's number on its machine")
     group.add_argument('--dist_on_itp', action='store_true', help='the job was started by Open MPI')
+    group.add_argument('--dist_timeout', default=30.0, type=bounded(float, 0.01, 1e5), metavar='MINUTES',
+                       help='how long processes wait for each other before the run is given up')
     group.add_argument('--dist_url', default='env://', help='how processes find each other')
     parser.set_defaults(pin_mem=True, **defaults)
 
@@ -129,11 +137,12 @@ def setup(args):
     """Device, processes and precision of a run; resolves args.device, amp, lr, num_workers. Returns the torch.device."""
     flag = 'resume' if args.resume else 'finetune'
     file = getattr(args, flag, '')
-    if file and not os.path.isfile(file):  # said before the images are listed, which can take minutes
+    if file and file != 'auto' and not os.path.isfile(file):  # said before the images are listed, which can take minutes
         raise UserError(f'--{flag}: checkpoint {file} does not exist, or is no file')
     choose_device(args)
     misc.init_distributed_mode(args)
     device = torch.device(args.device)
+    resolve_resume(args)
     torch.manual_seed(args.seed)  # nothing of ours draws from it (util/seeding.py), but what a fork adds may
     torch.backends.cudnn.benchmark = True
 

@@ -1,32 +1,40 @@
 """Checkpoints: the published dict of model, optimizer, epoch, scaler, args, written safely; every known format, read safely."""
 
 import argparse
+import glob
 import os
 import pickle
-import re
 import shutil
+import sys
 
-import safetensors.torch
 import torch
 
-from util import formats
-from util.distributed import is_main_process
+from util import formats, integrity
+from util.distributed import gather, is_main_process
 from util.errors import UserError, as_user_error, first_line
 from util.pos_embed import interpolate_pos_embed
+from util.provenance import first_start, restarts
 from util.torchscript import is_torchscript
 
 # ---- writing ----
 
-def save_on_master(obj, path):
-    """torch.save on the first process. The file appears under its name only when it is whole and on the disk."""
+def save_on_master(obj, path, names=()):
+    """torch.save on the first process. The file appears under its name only when it is whole and on the disk.
+
+    Before that it appears under the other ``names``: whoever finds a new ``path`` can rely on them. ``load`` recognises if its
+    records are altered or exchanged later.
+    """
     if not is_main_process():
         return
     part = f'{path}.tmp'
     try:
-        with open(part, 'wb') as f:
+        with open(part, 'w+b') as f:
             torch.save(obj, f)
+            integrity.seal(f)
             f.flush()
             os.fsync(f.fileno())
+        for name in names:
+            _also_as(part, name)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch's writer reports a full disk as a RuntimeError
         if os.path.exists(part):
@@ -38,7 +46,8 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is
     """Write checkpoint-last.pth into args.output_dir; call it after every epoch.
 
     The same file stays under other names too: checkpoint-EPOCH.pth after every args.save_every-th epoch and the last one,
-    checkpoint-best.pth with ``is_best``. ``more`` goes into the checkpoint's dict.
+    checkpoint-best.pth with ``is_best``. ``more`` goes into the checkpoint's dict; with a ``step`` among it, ``epoch`` is the
+    last whole one, and the file keeps to its first name.
 
     Raises:
         UserError: it cannot be written, or the weights are not finite. The earlier files stay as they are.
@@ -48,7 +57,11 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is
     if not all(p.isfinite().all() for p in model_without_ddp.parameters()):  # the loss was that before the last step
         raise UserError(f'the weights are no longer finite after epoch {epoch}, and are not saved; resume from the last '
                         'checkpoint with a lower --blr, or with --amp fp32')
-    last = os.path.join(args.output_dir, 'checkpoint-last.pth')
+    names = []
+    if 'step' not in more and (epoch % args.save_every == 0 or epoch + 1 == args.epochs):
+        names.append(f'checkpoint-{epoch}.pth')
+    if is_best:
+        names.append('checkpoint-best.pth')
     save_on_master({
         'model': model_without_ddp.state_dict(),
         'optimizer': optimizer.state_dict(),
@@ -56,11 +69,7 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is
         'scaler': loss_scaler.state_dict(),
         'args': args,
         **more,
-    }, last)
-    if epoch % args.save_every == 0 or epoch + 1 == args.epochs:
-        _also_as(last, os.path.join(args.output_dir, f'checkpoint-{epoch}.pth'))
-    if is_best:
-        _also_as(last, os.path.join(args.output_dir, 'checkpoint-best.pth'))
+    }, os.path.join(args.output_dir, 'checkpoint-last.pth'), [os.path.join(args.output_dir, name) for name in names])
 
 
 def _also_as(path, name):
@@ -99,30 +108,31 @@ class _Ignored:
 _IGNORED = ['mmengine.logging.history_buffer.HistoryBuffer', 'numpy.ndarray', 'numpy.dtype', *(
     f'{module}.multiarray.{name}' for module in ('numpy.core', 'numpy._core') for name in ('_reconstruct', 'scalar'))]
 _ALLOWED = [argparse.Namespace, *((_Ignored, name) for name in _IGNORED)]
-_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError,
-           safetensors.SafetensorError)
 
 
 def load(path):
-    """What a checkpoint file holds, on the CPU: .safetensors, or torch.save's format, of which only the classes above are taken.
+    """What a checkpoint file holds, on the CPU: .safetensors, or torch.save's format, of which only known classes are taken.
 
     Raises:
-        UserError: missing, damaged, or with other classes inside, which are named and not run.
+        UserError: missing, damaged or altered (util/integrity.py tells how it is recognised), or with other classes inside,
+            which are named and not run.
     """
     if not os.path.isfile(path):
         raise UserError(f'checkpoint {path} does not exist, or is no file')
-    if is_torchscript(path):
-        raise UserError(f'{path} is a TorchScript archive: a teacher for --clip_path, and no checkpoint')
     try:
+        if is_torchscript(path):
+            raise UserError(f'{path} is a TorchScript archive: a teacher for --clip_path, and no checkpoint')
         if str(path).endswith('.safetensors'):
-            return safetensors.torch.load_file(path)
+            return integrity.load_safetensors(path)
+        integrity.check(path, _IGNORED)
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location='cpu', weights_only=True)
-    except _DAMAGE as e:
-        foreign = re.search(r'GLOBAL (\S+)', str(e))
-        if foreign:
-            raise UserError(f'checkpoint {path} is refused: it holds {foreign[1]}, and could run code; a checkpoint needs '
-                            'only tensors, plain values and argparse.Namespace') from e
+    except integrity.ForeignName as e:
+        raise UserError(f'checkpoint {path} is refused: it holds {e}, and could run code; a checkpoint needs only '
+                        'tensors, plain values and argparse.Namespace') from e
+    except UserError:
+        raise
+    except Exception as e:  # whatever a damaged file, or one made to do harm, can raise on the way
         # torch's own words on what it cannot unpickle advise to do without the protection
         reason = '' if isinstance(e, (pickle.UnpicklingError, KeyError)) or 'weights_only' in str(e) else f': {first_line(e)}'
         raise UserError(f'checkpoint {path} cannot be read, it is damaged or not a checkpoint{reason}') from e
@@ -147,6 +157,8 @@ def load_pretrained(args, model, whole_encoder=False):
     """
     where = f'--finetune {args.finetune}'
     _, state_dict = read_weights(args.finetune)
+    with as_user_error(where, ValueError):
+        integrity.check_claims(state_dict)
     with as_user_error(f'{where} has a pos_embed that cannot be resized', RuntimeError, IndexError, TypeError, ValueError):
         interpolate_pos_embed(model, state_dict)
     ours = model.state_dict()
@@ -154,9 +166,9 @@ def load_pretrained(args, model, whole_encoder=False):
     matched = [k for k in ours if k in state_dict and k not in other_head]
     missing = [k for k in ours if k not in matched]
     for name in matched:
-        if state_dict[name].shape != ours[name].shape:
-            raise UserError(f'{where} does not fit --model {args.model}: {name} is {list(state_dict[name].shape)} in it and '
-                            f'{list(ours[name].shape)} here; name the model it was made with')
+        if misfit := _misfit(ours[name], state_dict[name]):
+            raise UserError(f'{where} does not fit --model {args.model}: {name} is {misfit}; '
+                            'name the model it was made with')
     if not any(name.startswith(('blocks', 'patch_embed')) for name in matched):
         raise UserError(f'{where}: nothing of the encoder is in it; its names are {", ".join(list(state_dict)[:3])}, ...')
     gaps = [name for name in missing if name.startswith(('cls_token', 'pos_embed', 'patch_embed', 'blocks'))]
@@ -168,6 +180,45 @@ def load_pretrained(args, model, whole_encoder=False):
     model.load_state_dict({name: state_dict[name] for name in matched}, strict=False)
     print(f'{args.finetune}: {len(matched)} tensors matched; missing, start anew: {_summary(missing)}; unexpected, not used: '
           f'{_summary(k for k in state_dict if k not in matched)}')
+
+
+def resolve_resume(args):
+    """Make args.resume the newest whole checkpoint in args.output_dir: for --resume auto, and where torchrun has restarted a run.
+
+    Where there is none it becomes '' with auto, and stays what was given otherwise. All processes take the first's word for it.
+    """
+    restarted = any(gather(restarts()))
+    if args.resume != 'auto' and not (restarted and args.output_dir):
+        return
+    if not args.output_dir:
+        raise UserError('--resume auto looks for checkpoints in --output_dir, which is empty')
+    found = ''
+    if is_main_process():
+        # Without auto, only what this very run has written: other files were there before it.
+        since = 0 if args.resume == 'auto' else first_start(args.output_dir)
+        found = newest_checkpoint(args.output_dir, since) if since is not None else ''
+    found = gather(found)[0]
+    if found:
+        args.resume = found
+    elif args.resume == 'auto':
+        args.resume = ''
+        print(f'--resume auto: no checkpoint in {args.output_dir}, a fresh start')
+
+
+def newest_checkpoint(folder, since=0):
+    """The newest checkpoint-*.pth in ``folder``, written after ``since``, that is whole; '' if there is none.
+
+    Says which it passes over and why.
+    """
+    paths = glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))
+    paths = [path for path in paths if os.stat(path).st_mtime >= since]
+    for path in sorted(paths, key=lambda path: (os.stat(path).st_mtime, path.endswith('last.pth')), reverse=True):
+        try:
+            load(path)
+            return path
+        except UserError as e:
+            print(f'Passed over: {e}', file=sys.stderr)
+    return ''
 
 
 def load_model(args, model_without_ddp, optimizer, loss_scaler):
@@ -192,24 +243,29 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler):
     if getattr(args, 'eval', False):
         print(f'Weights from {args.resume}')
         return {}
-    misfits = ValueError, KeyError, TypeError, AttributeError
+    misfits = ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError
     with as_user_error(f'--resume {args.resume}: its optimiser state does not fit', *misfits):
+        integrity.check_training_state(checkpoint, optimizer)
         optimizer.load_state_dict(checkpoint['optimizer'])
-        _check_moments(optimizer)
-        args.start_epoch = int(checkpoint['epoch']) + 1
         loss_scaler.load_state_dict(checkpoint.get('scaler') or {})
         checkpoint['max_accuracy'] = float(checkpoint.get('max_accuracy', -1))
-    print(f'Resumed from {args.resume}: epoch {checkpoint["epoch"]} is done')
+        if 'step' in checkpoint:
+            checkpoint['sums'] = {str(k): (int(count), float(total)) for k, (count, total) in checkpoint['sums'].items()}
+    args.start_epoch = checkpoint['epoch'] + 1
+    if 'step' in checkpoint:
+        print(f'Resumed from {args.resume}: epoch {args.start_epoch}, after step {checkpoint["step"]}')
+    else:
+        print(f'Resumed from {args.resume}: epoch {checkpoint["epoch"]} is done')
     return checkpoint
 
 
-def _check_moments(optimizer):
-    """ValueError unless every parameter's state has the parameter's shape: load_state_dict looks at their number alone."""
-    for group in optimizer.param_groups:
-        for p in group['params']:
-            for name, value in optimizer.state.get(p, {}).items():
-                if isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
-                    raise ValueError(f'{name} of shape {list(value.shape)} for a parameter of shape {list(p.shape)}')
+def _misfit(ours, theirs):
+    """'[3, 192] in it and [4, 192] here' if one tensor cannot be copied into the other, else ''. Rounding is no misfit."""
+    if ours.shape != theirs.shape:
+        return f'{list(theirs.shape)} in it and {list(ours.shape)} here'
+    if ours.is_floating_point() != theirs.is_floating_point():
+        return f'{theirs.dtype} in it and {ours.dtype} here'
+    return ''
 
 
 def _difference(ours, theirs):
@@ -217,8 +273,8 @@ def _difference(ours, theirs):
     for name, value in ours.items():
         if name not in theirs:
             return f'{name} is missing in it'
-        if theirs[name].shape != value.shape:
-            return f'{name} is {list(theirs[name].shape)} in it and {list(value.shape)} here'
+        if misfit := _misfit(value, theirs[name]):
+            return f'{name} is {misfit}'
     extra = [name for name in theirs if name not in ours]
     return f'it has {extra[0]}, which this model has not' if extra else ''
 

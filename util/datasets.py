@@ -66,6 +66,14 @@ class SeededDataset(torch.utils.data.Dataset):
             raise UnreadableImage(f'{type(e).__name__}: {e}') from e
         return ImageFile(image), -1 if target is None else target
 
+    def why(self, i):
+        """Why sample i cannot be read, in a line."""
+        try:
+            self.read(i)[0].rgb()
+        except UnreadableImage as e:
+            return first_line(e)
+        return 'for a moment only'
+
     def name(self, i):
         """What to call sample i: its file where it has one."""
         if hasattr(self.source, 'path'):
@@ -110,6 +118,9 @@ class SeededStream(torch.utils.data.IterableDataset):
 
     def name(self, i):
         return f'sample {i}'
+
+    def why(self, i):
+        return 'unknown'
 
 
 def build_dataset(is_train, args, transform=None):

@@ -1,7 +1,10 @@
 """The processes of a run: how they find each other, and what they say together."""
 
 import builtins
+import datetime
 import os
+import time
+import uuid
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -78,10 +81,46 @@ def _join(args):
                             'start as many processes as there are GPUs (--nproc_per_node)')
         args.device = f'cuda:{args.local_rank}'
         torch.cuda.set_device(args.local_rank)
-        dist.init_process_group('nccl', init_method=args.dist_url, world_size=args.world_size, rank=args.rank,
-                                device_id=torch.device(args.device))
+        backend = {'backend': 'nccl', 'device_id': torch.device(args.device)}
     else:
-        dist.init_process_group('gloo', init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
+        backend = {'backend': 'gloo'}
+    timeout = datetime.timedelta(minutes=args.dist_timeout)
+    if int(env.get('TORCHELASTIC_MAX_RESTARTS', 0)) > 0:
+        meeting = {'store': _store_of_this_start(args, timeout)}
+    else:
+        meeting = {'init_method': args.dist_url}
+    dist.init_process_group(**backend, **meeting, world_size=args.world_size, rank=args.rank, timeout=timeout)
+
+
+def _store_of_this_start(args, timeout):
+    """The launcher's store under a prefix that only the processes of this start know.
+
+    torchrun hands the same store to a group that it restarts, with the addresses in it of those who are dead. Each process
+    therefore asks the first one, with a word that nobody used before, and takes the prefix from the answer to that word.
+    """
+    store, rank, world_size = next(dist.rendezvous(args.dist_url, args.rank, args.world_size, timeout=timeout))
+    word, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+
+    def read(key):
+        return store.get(key).decode() if store.check([key]) else ''
+
+    if rank > 0:
+        store.set(f'ask {rank}', word)
+    waiting = set(range(1, world_size)) if rank == 0 else {rank}
+    prefix = word
+    while waiting:
+        for other in list(waiting):
+            if rank > 0 and read(f'answer {rank}').startswith(word):
+                prefix = read(f'answer {rank}').removeprefix(word)
+                store.set(f'seen {rank}', prefix)
+                waiting.remove(rank)
+            elif rank == 0:
+                store.set(f'answer {other}', read(f'ask {other}') + word)
+                waiting -= {other} if read(f'seen {other}') == word else set()
+        if time.monotonic() > deadline:
+            raise RuntimeError(f'no word from process {min(waiting) if rank == 0 else 0}')
+        time.sleep(0.05)
+    return dist.PrefixStore(prefix, store)
 
 
 def distribute(args, model, device):
@@ -105,6 +144,18 @@ def main_process_first():
             dist.barrier()
 
 
+def missing_processes():
+    """After a collective has timed out: which processes do not say so within a few seconds, in words; '' if that is unknown."""
+    try:
+        store = dist.distributed_c10d._get_default_store()  # where they found each other
+        store.set(f'timed out {get_rank()}', '')
+        time.sleep(5)
+        missing = [rank for rank in range(get_world_size()) if not store.check([f'timed out {rank}'])]
+    except RuntimeError:
+        return ''
+    return f'; nothing was heard of process {", ".join(map(str, missing))}' if missing else ''
+
+
 def all_reduce_mean(x):
     """Mean over the processes: a number gives a number, a tensor gives a tensor."""
     if not isinstance(x, torch.Tensor):
@@ -115,6 +166,15 @@ def all_reduce_mean(x):
         dist.all_reduce(x)
         x /= get_world_size()
     return x
+
+
+def gather(value):
+    """[value of the first process, of the second, ...] on all of them; a value is anything that can be pickled."""
+    values = [None] * get_world_size()
+    if len(values) == 1:
+        return [value]
+    dist.all_gather_object(values, value)
+    return values
 
 
 def no_sync(model, wanted=True):

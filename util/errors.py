@@ -2,7 +2,15 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: what is wrong, where, what to do."""
+    """Something the user can put right. The message is one line: what is wrong, where, what to do.
+
+    It may quote what a file says of itself. In that, line ends and control characters, which could draw over the terminal,
+    appear escaped, and what is endless is cut.
+    """
+
+    def __init__(self, message):
+        text = message if len(message) <= 2000 else f'{message[:2000]} ...'
+        super().__init__(''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def to_ours(checkpoint):
             state_dict = checkpoint[key]
             break
     if not isinstance(state_dict, dict) or not state_dict or not all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state_dict.items()):
+            isinstance(k, str) and k.isprintable() and isinstance(v, torch.Tensor) for k, v in state_dict.items()):
         raise ValueError('there are no weights in it')
     state_dict = {_strip(name): value for name, value in state_dict.items()}
     if any(name.endswith('patch_embed.projection.weight') for name in state_dict):

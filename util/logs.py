@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from util.distributed import all_reduce_mean, get_world_size, is_main_process
+from util.distributed import all_reduce_mean, gather, get_world_size, is_main_process
 from util.errors import UserError, as_user_error
+from util.provenance import describe_start
 
 
 class SmoothedValue:
@@ -50,7 +51,7 @@ class SmoothedValue:
 
     @property
     def global_avg(self):
-        return self.total / max(self.count, 1)
+        return self.total / self.count if self.count else math.nan
 
     @property
     def max(self):
@@ -94,20 +95,21 @@ class MetricLogger:
         for meter in self.meters.values():
             meter.synchronize_between_processes()
 
-    def log_every(self, iterable, print_freq, header='', items_per_step=None, steps_after=0):
+    def log_every(self, iterable, print_freq, header='', items_per_step=None, steps_after=0, first=0):
         """Yield from ``iterable``, whose length is known, and report after every ``print_freq``-th step and the last.
 
         Args:
             items_per_step: images in a step, all processes together; None: no rate is shown.
             steps_after: steps of the run that follow this loop, for the remaining time.
+            first: steps that were done before and are not in ``iterable``, though in its length.
         """
         total = len(iterable)
         draw = is_main_process() and _has_room(sys.stdout)
         start = end = time.perf_counter()
         waited, steps = 0.0, 0  # since the last report
-        with tqdm(total=total, desc=header, disable=not draw, dynamic_ncols=True, file=sys.stdout,
+        with tqdm(total=total, initial=first, desc=header, disable=not draw, dynamic_ncols=True, file=sys.stdout,
                   bar_format='{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}') as bar:
-            for step, batch in enumerate(iterable, 1):
+            for step, batch in enumerate(iterable, first + 1):
                 waited += time.perf_counter() - end
                 self.due = step % print_freq == 0 or step == total
                 yield batch
@@ -135,55 +137,110 @@ def _has_room(stream):
         return False
 
 
+REMEDY = 'the last checkpoint is good: resume from it with a lower --blr, or with --amp fp32'
+
+
 class LossLog:
     """One epoch's steps and their losses, which stay on the device until a report is due: no step waits for one.
 
-    Iterating gives the loader's batches and prints log lines.
+    Iterating gives (step, batch) and prints log lines. After each update ``interruption`` may save and end the run.
 
     Args:
         tag: the loss's name in TensorBoard.
-        args: print_freq, batch_size, world_size, epochs, accum_iter.
+        args: print_freq, batch_size, world_size, epochs, accum_iter, max_skipped_steps, output_dir.
+        data_loader: begins with the batch of the step that ``interruption`` says.
         log_writer: SummaryWriter or None.
+        interruption: util.interruption.Interruption or None.
     """
 
-    def __init__(self, tag, args, epoch, data_loader, log_writer):
+    def __init__(self, tag, args, epoch, data_loader, log_writer, interruption=None):
         self.tag, self.args, self.epoch, self.data_loader, self.log_writer = tag, args, epoch, data_loader, log_writer
+        self.interruption = interruption
+        self.first, sums = interruption.start_of(epoch) if interruption else (0, {})
         self.metrics = MetricLogger()
         self.metrics.add_meter('loss', SmoothedValue())
         self.metrics.add_meter('lr', SmoothedValue(window_size=1, fmt='{value:.2e}'))
+        if is_main_process():  # they are those of all processes
+            for name, (count, total) in sums.items():
+                self.metrics.meters[name].count, self.metrics.meters[name].total = count, total
         self.unread = []
 
     def __iter__(self):
         args, steps = self.args, len(self.data_loader)
-        return self.metrics.log_every(
+        batches = self.metrics.log_every(
             self.data_loader, args.print_freq, f'Epoch [{self.epoch}]', items_per_step=args.batch_size * args.world_size,
-            steps_after=(args.epochs - self.epoch - 1) * steps)
+            steps_after=(args.epochs - self.epoch - 1) * steps, first=self.first)
+        for step, batch in enumerate(batches, self.first):
+            yield step, batch
+            if self.interruption and (step + 1) % args.accum_iter == 0 and step + 1 < steps:
+                self.interruption.after_step(self.epoch, step + 1, self.sums)
 
-    def add(self, step, lr, loss):
-        """Keep the loss of a step; read, check and log all that are kept where metrics.due says so.
+    def add(self, step, lr, loss, skipped, samples):
+        """Keep what a step gave; read, check and log all that is kept where metrics.due says so.
+
+        Args:
+            skipped: the loss scaler's count of steps left out in a row.
+            samples: [N] int64, the numbers of the images.
 
         Raises:
-            UserError: a loss is not finite. Nothing is saved then, so the last checkpoint is still good.
+            UserError: too many steps in a row were left out. The last checkpoint is still good.
         """
-        self.unread.append((step, lr, loss.detach()))
-        if not self.metrics.due:
+        self.unread.append((step, lr, loss.detach(), skipped, samples))
+        if self.metrics.due:
+            self._read()
+
+    def _read(self):
+        if not self.unread:
             return
-        losses = torch.stack([loss for _, _, loss in self.unread]).float()
-        for (step, lr, _), loss, mean_loss in zip(self.unread, losses.tolist(), all_reduce_mean(losses).tolist()):
-            if not math.isfinite(mean_loss):
-                raise UserError(f'the loss is {mean_loss} in epoch {self.epoch}, step {step}, at learning rate {lr:.2e}; resume '
-                                'from the last checkpoint with a lower --blr, or with --amp fp32')
-            self.metrics.update(loss=loss, lr=lr)
-            if self.log_writer is not None and (step + 1) % self.args.accum_iter == 0:
+        losses, skipped = (torch.stack([kept[k] for kept in self.unread]).float() for k in (2, 3))
+        own, mean, skipped = torch.stack([losses, all_reduce_mean(losses), skipped]).tolist()
+        for i, (step, lr, *_) in enumerate(self.unread):
+            update = (step + 1) % self.args.accum_iter == 0
+            if update and skipped[i]:
+                self._tell_of_skipped(i, int(skipped[i]), own)
+            if not math.isfinite(mean[i]):
+                continue
+            self.metrics.update(loss=own[i], lr=lr)
+            if self.log_writer is not None and update:
                 # thousandths of an epoch on the x axis: curves of different batch sizes lie over each other
                 epoch_1000x = int((self.epoch + step / len(self.data_loader)) * 1000)
-                self.log_writer.add_scalar(self.tag, mean_loss, epoch_1000x)
+                self.log_writer.add_scalar(self.tag, mean[i], epoch_1000x)
                 self.log_writer.add_scalar('lr', lr, epoch_1000x)
         self.unread.clear()
 
-    def means(self):
-        """{'loss': ..., 'lr': ...}: means over the epoch's steps and all processes, printed too."""
+    def _tell_of_skipped(self, i, in_a_row, losses):
+        """Print and write down the step of self.unread[i], which all processes left out, and what its batch was."""
+        step, lr = self.unread[i][:2]
+        parts = [k for k in range(i + 1) if step - self.unread[k][0] < self.args.accum_iter]  # of one update
+        mine = {'losses': [str(losses[k]) for k in parts], 'samples': [self.unread[k][4].tolist() for k in parts]}
+        batches = gather(mine)
+        what = f'epoch {self.epoch}, step {step}, learning rate {lr:.2e}'
+        if is_main_process():
+            tqdm.write(f'Step left out, its gradients are not finite: {what} ({in_a_row} in a row)', file=sys.stderr)
+            if self.args.output_dir:
+                note = {'epoch': self.epoch, 'step': step, 'lr': lr, 'in_a_row': in_a_row, 'processes': batches}
+                append_line(os.path.join(self.args.output_dir, 'skipped_steps.txt'), json.dumps(note))
+        if in_a_row > self.args.max_skipped_steps:
+            raise UserError(f'{in_a_row} steps in a row had gradients that are not finite, the last in {what}; {REMEDY}')
+
+    def sums(self):
+        """{'loss': (count, total), 'lr': ...} of the steps so far on all processes; to be called by all of them."""
+        self._read()
         self.metrics.synchronize_between_processes()
+        sums = {name: (meter.count, meter.total) for name, meter in self.metrics.meters.items()}
+        if not is_main_process():  # its part is with the first process now
+            for meter in self.metrics.meters.values():
+                meter.count, meter.total = 0, 0.0
+        return sums
+
+    def means(self):
+        """{'loss': ..., 'lr': ...}: means over the epoch's steps and all processes, printed too.
+
+        Raises UserError if there was not one good step.
+        """
+        self.metrics.synchronize_between_processes()
+        if not self.metrics.loss.count:
+            raise UserError(f'not one step of epoch {self.epoch} had gradients that are finite; {REMEDY}')
         print(f'Epoch [{self.epoch}] mean  {self.metrics}')
         return {name: meter.global_avg for name, meter in self.metrics.meters.items()}
 
@@ -200,10 +257,13 @@ def peak_memory():
     return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GB'
 
 
-def open_log(args):
-    """Create the output folders; the SummaryWriter of this run, None on all processes but the first and without args.log_dir.
+def open_log(args, epoch=0.0):
+    """Create the output folders and note this start; the SummaryWriter of this run.
 
-    Raises UserError if they cannot be written to.
+    It is None on all processes but the first and without args.log_dir. A resumed run that begins at ``epoch``, a float, goes on
+    from there: what an earlier one wrote of later epochs is dropped from log.txt and hidden in TensorBoard.
+
+    Raises UserError if something cannot be written.
     """
     if not is_main_process():
         return None
@@ -216,7 +276,24 @@ def open_log(args):
                     pass
         except OSError as e:
             raise UserError(f'--{flag} {folder} cannot be written to: {e.strerror}') from e
-    return SummaryWriter(log_dir=args.log_dir) if args.log_dir else None
+    if args.output_dir:
+        append_line(os.path.join(args.output_dir, 'starts.txt'), json.dumps(describe_start(args), default=str))
+    if args.output_dir and args.resume:
+        _forget_from(os.path.join(args.output_dir, 'log.txt'), int(epoch))
+    purge = int(epoch * 1000) if args.resume else None
+    return SummaryWriter(log_dir=args.log_dir, purge_step=purge) if args.log_dir else None
+
+
+def _forget_from(path, epoch):
+    """Keep only the lines of log.txt about earlier epochs; the last may have been cut off when the run ended."""
+    if not os.path.exists(path):
+        return
+    with as_user_error(f'{path} could not be read or written', OSError, ValueError, KeyError, TypeError):
+        with open(path, encoding='utf-8') as f:
+            kept = [line for line in f if line.endswith('\n') and json.loads(line)['epoch'] < epoch]
+        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(kept)
+        os.replace(f'{path}.tmp', path)
 
 
 def log_epoch(args, log_writer, stats):
@@ -226,6 +303,9 @@ def log_epoch(args, log_writer, stats):
     if log_writer is not None:
         log_writer.flush()
     if args.output_dir:
-        path = os.path.join(args.output_dir, 'log.txt')
-        with as_user_error(f'{path} could not be written', OSError), open(path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(stats) + '\n')
+        append_line(os.path.join(args.output_dir, 'log.txt'), json.dumps(stats))
+
+
+def append_line(path, line):
+    with as_user_error(f'{path} could not be written', OSError), open(path, 'a', encoding='utf-8') as f:
+        f.write(line + '\n')

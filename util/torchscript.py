@@ -4,10 +4,14 @@ torch.jit.load would compile and run code from the file. All that is wanted here
 them (data.pkl) beside their bytes (data/0, data/1, ...).
 """
 
+import os
 import pickle
 import zipfile
 
 import torch
+
+from util.errors import first_line
+from util.integrity import check_sizes
 
 _DTYPES = {'HalfStorage': torch.float16, 'FloatStorage': torch.float32, 'DoubleStorage': torch.float64,
            'LongStorage': torch.int64, 'IntStorage': torch.int32, 'ShortStorage': torch.int16, 'CharStorage': torch.int8,
@@ -24,19 +28,12 @@ class _Module:
         self.attributes = state
 
 
-def _tensor(storage, offset, size, stride, *_):
-    """In place of torch._utils._rebuild_tensor_v2; as_strided refuses to reach beyond the storage."""
-    return storage.as_strided(size, stride, offset).clone()
+class _Unpickler(pickle._Unpickler):
+    # The one in Python and not that in C, where a pickle of 10 bytes can ask for 64 GB (by an index into the memo).
 
-
-def _as_it_is(value, *_):
-    return value
-
-
-class _Unpickler(pickle.Unpickler):
     def __init__(self, archive, root):
         super().__init__(archive.open(f'{root}data.pkl'))
-        self.archive, self.root = archive, root
+        self.archive, self.root, self.storages = archive, root, {}
 
     def find_class(self, module, name):
         if module.startswith('__torch__'):
@@ -44,26 +41,37 @@ class _Unpickler(pickle.Unpickler):
         if module == 'torch' and name in _DTYPES:
             return _DTYPES[name]
         if (module, name) == ('torch._utils', '_rebuild_tensor_v2'):
-            return _tensor
+            return self.tensor
         if (module, name) == ('collections', 'OrderedDict'):
             return dict
         if module == 'torch.jit._pickle':  # lists of one type, and such
-            return _as_it_is
+            return self.as_it_is
         raise pickle.UnpicklingError(f'it holds {module}.{name}, which is no part of a CLIP')
+
+    def tensor(self, storage, offset, size, stride, *_):
+        return storage.as_strided(size, stride, offset)  # which refuses to reach beyond the storage
+
+    def as_it_is(self, value, *_):
+        return value
 
     def persistent_load(self, pid):
         kind, dtype, key, _, numel = pid
-        if kind != 'storage' or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f'it holds a {kind!r}, which is no part of a CLIP')
-        data = self.archive.read(f'{self.root}data/{key}')
-        return torch.frombuffer(bytearray(data), dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
+        if kind != 'storage' or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise pickle.UnpicklingError('it holds more than modules and tensors')
+        if key not in self.storages:
+            data = bytearray(self.archive.read(f'{self.root}data/{key}'))  # which compares the CRC-32
+            if len(data) != numel * dtype.itemsize:
+                raise pickle.UnpicklingError(f'the record {key} of a tensor is not as large as it should be')
+            self.storages[key] = torch.frombuffer(data, dtype=dtype) if numel else torch.empty(0, dtype=dtype)
+        return self.storages[key]
 
 
 def is_torchscript(path):
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith('/constants.pkl') for name in archive.namelist())
+    except Exception:  # no zip archive, or a damaged one, of which zipfile has many kinds
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith('/constants.pkl') for name in archive.namelist())
 
 
 def read_torchscript(path):
@@ -75,15 +83,20 @@ def read_torchscript(path):
     try:
         with zipfile.ZipFile(path) as archive:
             root = next(name for name in archive.namelist() if name.endswith('/constants.pkl')).removesuffix('constants.pkl')
+            data = [r for r in archive.infolist() if r.filename.startswith((f'{root}data/', f'{root}data.pkl'))]
+            check_sizes(data, os.path.getsize(path))  # the code beside them is compressed
             module = _Unpickler(archive, root).load()
-        return dict(_tensors(module, ''))
+        return dict(_tensors(module, '', set()))
     except Exception as e:  # whatever a file made to do harm can raise on the way
-        raise ValueError(f'it is damaged, or no archive of modules and tensors alone: {e}') from None
+        raise ValueError(f'it is damaged, or no archive of modules and tensors alone: {first_line(e)}') from None
 
 
-def _tensors(module, prefix):
+def _tensors(module, prefix, seen):
+    if module in seen:
+        raise ValueError('it has one module in two places')
+    seen.add(module)
     for name, value in module.attributes.items():
         if isinstance(value, torch.Tensor):
             yield prefix + name, value
         elif isinstance(value, _Module):
-            yield from _tensors(value, f'{prefix}{name}.')
+            yield from _tensors(value, f'{prefix}{name}.', seen)

@@ -251,4 +251,6 @@ def log_panels(args, log_writer, epoch, model, teacher, imgs):
     seen = look(model, teacher, imgs.to(model.pos_embed.device), args.mask_ratio, args.seed)
     for name, panel in draw_panels(seen).items():
         panel = np.pad(panel, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=255)
-        log_writer.add_images(f'vis/{name}', panel, (epoch + 1) * 1000, dataformats='NHWC')
+        # on the curves' axis the epoch's last place: the next one's first is where a resumed run begins anew
+        log_writer.add_images(f'vis/{name}', panel, (epoch + 1) * 1000 - 1, dataformats='NHWC')
+    log_writer.flush()
