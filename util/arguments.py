@@ -30,7 +30,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-class _Device(argparse.Action):
+class Device(argparse.Action):
     """--device, remembering that it was asked for: only the default gives way to the CPU where there is no CUDA."""
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -64,7 +64,7 @@ def add_common_arguments(parser, **defaults):
                        help='precision of the forward pass; auto: bf16 if the hardware has it, else fp16 on a GPU, fp32 on CPU')
     group.add_argument('--compile', default='auto', choices=['auto', 'on', 'off'], help='torch.compile; auto: on a GPU')
     group.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1), help='crops, masks and other draws follow from it')
-    group.add_argument('--device', default='cuda', action=_Device, help='cuda or cpu; where there is no CUDA the default is cpu')
+    group.add_argument('--device', default='cuda', action=Device, help='cuda or cpu; where there is no CUDA the default is cpu')
 
     group = parser.add_argument_group('optimiser')
     group.add_argument('--weight_decay', type=bounded(float, 0, 1e3), default=0.05, help='not on biases and norms')
@@ -139,7 +139,7 @@ def setup(args):
     file = getattr(args, flag, '')
     if file and file != 'auto' and not os.path.isfile(file):  # said before the images are listed, which can take minutes
         raise UserError(f'--{flag}: checkpoint {file} does not exist, or is no file')
-    _choose_device(args)
+    choose_device(args)
     misc.init_distributed_mode(args)
     device = torch.device(args.device)
     resolve_resume(args)
@@ -168,7 +168,7 @@ def setup(args):
     return device
 
 
-def _choose_device(args):
+def choose_device(args):
     given = getattr(args, 'device_given', False)
     vars(args).pop('device_given', None)
     try:
