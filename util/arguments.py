@@ -10,6 +10,7 @@ import torch
 
 from util import misc
 from util.errors import UserError
+from util.lr_sched import absolute_lr
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,7 +147,7 @@ def setup(args):
     args.num_workers = min(args.num_workers, cores)
     batch = args.batch_size * args.accum_iter * args.world_size
     if args.lr is None:
-        args.lr = args.blr * batch / 256
+        args.lr = absolute_lr(args, args.blr)
     print(f'{args.world_size} process(es) on {device.type}, {args.amp}{", compiled" if args.compile else ""}, '
           f'{args.num_workers} loader workers each')
     if not getattr(args, 'eval', False):
