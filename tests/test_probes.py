@@ -1,4 +1,4 @@
-"""What main_linprobe.py can do beyond the published command: several rates in one pass."""
+"""What main_linprobe.py can do beyond the published command: several rates in one pass, and attentive probing."""
 
 import json
 import math
@@ -7,7 +7,10 @@ import pytest
 import torch
 from conftest import linprobe, torchrun
 
+import main_linprobe
+import models_vit
 from util.checkpoint import load
+from util.probes import PROBES
 
 RATES = (0.1, 0.5, 2.0)
 
@@ -34,7 +37,9 @@ def same(a, b):
 
 @pytest.mark.parametrize('more, launcher, compared', [
     (['--accum_iter', 2, '--min_lr', 0.001, '--weight_decay', 0.01], None, RATES),
-    (['--dist_eval', '--amp', 'bf16', '--global_pool'], torchrun(2), RATES[1:2])], ids=['accumulated', 'two processes'])
+    (['--probe', 'attentive', '--weight_decay', 0.1], None, RATES),
+    (['--dist_eval', '--amp', 'bf16', '--global_pool'], torchrun(2), RATES[1:2])],
+    ids=['accumulated', 'attentive', 'two processes'])
 def test_each_head_of_a_sweep_is_that_of_a_run_with_its_rate(more, launcher, compared, classifier_flags, tmp_path):
     """Bit for bit: weights, statistics, log, and the checkpoint of the best head with its optimiser's state."""
     more = ['--batch_size', 4, *more]
@@ -106,7 +111,48 @@ def test_a_rate_that_diverges_leaves_the_others_alone(classifier_flags, tmp_path
     assert load(tmp_path / 'none' / 'checkpoint-last.pth')['epoch'] == log(tmp_path / 'none')[-1]['epoch'] < 2
 
 
+def test_the_attentive_probe_by_hand():
+    model = models_vit.vit_tiny_patch8(num_classes=5)
+    model.head = PROBES['attentive'](model)
+    model.freeze_encoder(head_pools=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    tokens = model.norm(model.blocks(model._pos_embed(model.patch_embed(x))))[:, 1:]
+    pool = model.head[0]
+    query = (pool.latent[0] @ pool.q.weight.T + pool.q.bias).reshape(3, 64)
+    keys, values = (tokens @ pool.kv.weight.T + pool.kv.bias).reshape(2, 64, 2, 3, 64).unbind(2)
+    weights = (torch.einsum('hc,nlhc->nhl', query, keys) / 8).softmax(2)
+    pooled = torch.einsum('nhl,nlhc->nhc', weights, values).flatten(1) @ pool.proj.weight.T + pool.proj.bias
+    pooled = pooled + pool.mlp(pool.norm(pooled))
+    torch.testing.assert_close(model(x), pooled @ model.head[1].weight.T + model.head[1].bias)
+    model.train()(x).sum().backward()
+    learns = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert learns == {name for name, _ in model.named_parameters() if name.startswith('head.')}
+    assert not model.blocks.training and model.head.training
+
+
+def test_attentive_probing_end_to_end(classifier_flags, pretrained, tmp_path):
+    """A batch of one too, since there is no batch norm; the encoder stays as it was, and a resumed run is the same run."""
+    flags = [*classifier_flags, '--input_size', 64, '--probe', 'attentive', '--batch_size', 1, '--blr', 0.2, '--weight_decay', 0.1]
+    assert '78 tensors matched; missing, start anew: head (15)' in ok(linprobe(*flags))
+    probe, encoder = load(tmp_path / 'out' / 'checkpoint-1.pth'), load(pretrained)['model']
+    assert all(torch.equal(value, encoder[name]) for name, value in probe['model'].items() if not name.startswith('head.'))
+    records = log(tmp_path / 'out')
+    assert records[1]['train_loss'] < records[0]['train_loss']
+    ok(linprobe(*flags, '--resume', tmp_path / 'out' / 'checkpoint-0.pth', '--output_dir', tmp_path / 'resumed'))
+    assert all(same(probe[k], load(tmp_path / 'resumed' / 'checkpoint-1.pth')[k]) for k in ('model', 'optimizer'))
+    said = ok(linprobe(*flags, '--eval', '--resume', tmp_path / 'out' / 'checkpoint-1.pth'))
+    assert f'test images: {records[1]["test_acc1"]:.2f}%' in said
+    decay = {len(group['params']): group['weight_decay'] for group in probe['optimizer']['param_groups']}
+    args = main_linprobe.get_args_parser().parse_args(['--probe', 'attentive'])
+    main_linprobe.check(args)
+    assert args.blr == [5e-4]
+    assert decay == {9: 0, 6: 0.1} and set(probe['optimizer']['state'][0]) == {'step', 'exp_avg', 'exp_avg_sq'}
+
+
 WRONG = {
+    'two poolings': (['--probe', 'attentive', '--global_pool'], '--global_pool with --probe attentive'),
+    'a linear head': (['--probe', 'attentive', '--resume', 'ONE'], 'another model: head.0.latent is missing in it'),
+    'unknown probe': (['--probe', 'nonlinear'], "--probe: invalid choice: 'nonlinear'"),
     'one rate too many': (['--lr', 0.1, '--blr', 0.1, 0.2], '--lr with several --blr'),
     'other rates': (['--blr', 0.1, 0.3, '--resume', 'SWEEP'], 'another model: head.blr0_3.0.running_mean is missing in it'),
     'one rate': (['--blr', 0.1, '--eval', '--resume', 'SWEEP'], 'another model: head.0.running_mean is missing in it'),
@@ -121,13 +167,14 @@ def sweep(labelled_images, pretrained, tmp_path_factory):
     ok(linprobe('--model', 'vit_tiny_patch8', '--input_size', 32, '--nb_classes', 3, '--batch_size', 8, '--num_workers', 0,
                 '--data_path', labelled_images, '--finetune', pretrained, '--epochs', 1, '--warmup_epochs', 0,
                 '--blr', 0.1, 0.2, '--output_dir', out, '--log_dir', ''))
-    return out / 'checkpoint-last.pth'
+    return out
 
 
 @pytest.mark.parametrize('case', WRONG)
 def test_wrong_use(case, classifier_flags, sweep, tmp_path):
     flags, message = WRONG[case]
-    result = linprobe(*classifier_flags, *[sweep if f == 'SWEEP' else f for f in flags])
+    files = {'SWEEP': sweep / 'checkpoint-last.pth', 'ONE': sweep / 'checkpoint-best.pth'}
+    result = linprobe(*classifier_flags, *[files.get(f, f) for f in flags])
     errors = [line for line in result.stderr.splitlines() if 'No CUDA GPU' not in line]
     assert result.returncode in (1, 2) and len(errors) == 1 and errors[0].startswith('error: ') and message in errors[0]
     assert not (tmp_path / 'out').exists()

@@ -4,10 +4,13 @@ import argparse
 import copy
 import math
 import os
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import AttentionPoolLatent
+from timm.optim import param_groups_weight_decay
 
 from util.checkpoint import save_on_master
 from util.errors import UserError
@@ -22,12 +25,32 @@ def linear_probe(model):
     return nn.Sequential(nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6), model.head)
 
 
+def attentive_probe(model):
+    """The head of attentive probing, over the patch tokens of a classifier, then the Linear that ``model`` has.
+
+    As V-JEPA probes (arXiv 2404.08471): a learned query attends to the tokens, with as many heads as the encoder's blocks
+    have, and a residual MLP follows. The module is timm's (that of arXiv 2106.04560); unlike V-JEPA's it does not add the
+    query to what it gathers.
+    """
+    nn.init.trunc_normal_(model.head.weight, std=0.01)
+    pool = AttentionPoolLatent(model.embed_dim, num_heads=model.blocks[0].attn.num_heads, norm_layer=nn.LayerNorm)
+    return nn.Sequential(pool, model.head)
+
+
+PROBES = {'linear': linear_probe, 'attentive': attentive_probe}
+
+
 def build_optimizer(args, head):
-    """LARS for a head; for a Sweep with ``blr`` in each parameter group, the base rate of its head (util/lr_sched.py)."""
-    groups = [{'params': list(head.parameters())}]
-    if isinstance(head, Sweep):
-        groups = [{'params': list(one.parameters()), 'blr': rate} for rate, one in head.by_rate()]
-    return LARS(groups, lr=args.lr, weight_decay=args.weight_decay)
+    """LARS for a linear probe, AdamW for an attentive one; a Sweep's groups have ``blr``, which util/lr_sched.py goes by."""
+    groups = []
+    for rate, one in head.by_rate() if isinstance(head, Sweep) else [(None, head)]:
+        if args.probe == 'linear':
+            own = [{'params': list(one.parameters())}]  # LARS itself decays no biases
+        else:
+            own = param_groups_weight_decay(one, args.weight_decay, no_weight_decay_list=['0.latent'])
+        groups += own if rate is None else [{**group, 'blr': rate} for group in own]
+    kind = LARS if args.probe == 'linear' else partial(torch.optim.AdamW, fused=True)
+    return kind(groups, lr=args.lr, weight_decay=args.weight_decay)
 
 
 class Sweep(nn.ModuleDict):
@@ -115,9 +138,9 @@ def save_best_head(args, epoch, model_without_ddp, optimizer, loss_scaler, test_
     head = dict(model_without_ddp.head.by_rate())[rate]
     args = argparse.Namespace(**{**vars(args), 'blr': rate, 'lr': absolute_lr(args, rate)})
     alone = build_optimizer(args, head)
-    alone.state.update({p: optimizer.state[p] for p in head.parameters()})
     for group, of_sweep in zip(alone.param_groups, groups_of(optimizer, rate)):
         group['lr'] = of_sweep['lr']
+        alone.state.update({p: optimizer.state[p] for p in group['params']})
     weights = {name: value for name, value in model_without_ddp.state_dict().items() if not name.startswith('head.')}
     weights.update({f'head.{name}': value for name, value in head.state_dict().items()})
     save_on_master({'model': weights, 'optimizer': alone.state_dict(), 'epoch': epoch, 'scaler': loss_scaler.state_dict(),
