@@ -132,7 +132,8 @@ def test_the_attentive_probe_by_hand():
 
 def test_attentive_probing_end_to_end(classifier_flags, pretrained, tmp_path):
     """A batch of one too, since there is no batch norm; the encoder stays as it was, and a resumed run is the same run."""
-    flags = [*classifier_flags, '--input_size', 64, '--probe', 'attentive', '--batch_size', 1, '--blr', 0.2, '--weight_decay', 0.1]
+    flags = [*classifier_flags, '--input_size', 64, '--probe', 'attentive', '--batch_size', 1, '--blr', 0.2,
+             '--weight_decay', 0.1]
     assert '78 tensors matched; missing, start anew: head (15)' in ok(linprobe(*flags))
     probe, encoder = load(tmp_path / 'out' / 'checkpoint-1.pth'), load(pretrained)['model']
     assert all(torch.equal(value, encoder[name]) for name, value in probe['model'].items() if not name.startswith('head.'))
