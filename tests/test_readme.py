@@ -9,11 +9,11 @@ import main_linprobe
 import main_pretrain
 import models_milan
 import models_vit
-from tools import benchmark, download, export, knn, prepare_imagenet
+from tools import benchmark, download, export, knn, prepare_imagenet, segment
 
 README = (ROOT / 'README.md').read_text()
 SCRIPTS = main_pretrain, main_finetune, main_linprobe
-TOOLS = benchmark, download, export, knn, prepare_imagenet
+TOOLS = benchmark, download, export, knn, prepare_imagenet, segment
 
 
 def flags(module):
