@@ -13,7 +13,8 @@ from test_datasets import shards  # noqa: F401
 import models_vit
 from tools import knn
 from util.checkpoint import load
-from util.datasets import build_linprobe_transform, read_image
+from util.datasets import build_linprobe_transform, normalise
+from util.images import ImageFile
 
 tool = script('tools/knn')
 
@@ -83,7 +84,7 @@ def test_an_encoder_and_a_folder(pool, flags, pretrained, tmp_path):
         folder = flags[flags.index('--data_path') + 1] / split
         paths = [path for path in sorted(folder.rglob('*.png')) if path.stat().st_size]
         with torch.no_grad():
-            x = torch.cat([model(transform(read_image(path))[None]) for path in paths]).double().numpy()
+            x = torch.cat([model(normalise(transform(ImageFile(path))[None])) for path in paths]).double().numpy()
         sets += [x / np.linalg.norm(x, axis=1, keepdims=True), [int(path.parent.name[-1]) for path in paths]]
     assert (content['train_images'], content['images'], content['temperature']) == (23, 12, 0.07)
     for row in content['knn']:

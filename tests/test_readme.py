@@ -9,12 +9,12 @@ import main_linprobe
 import main_pretrain
 import models_milan
 import models_vit
-from tools import benchmark, download, export, knn, prepare_imagenet, visualize
+from tools import benchmark, download, export, knn, prepare_imagenet, segment, visualize
 
 README = (ROOT / 'README.md').read_text()
 FLAGS = (ROOT / 'docs' / 'flags.md').read_text()
 SCRIPTS = main_pretrain, main_finetune, main_linprobe
-TOOLS = benchmark, download, export, knn, prepare_imagenet, visualize
+TOOLS = benchmark, download, export, knn, prepare_imagenet, segment, visualize
 
 
 def flags(module):

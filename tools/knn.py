@@ -29,27 +29,15 @@ from util.arguments import (  # noqa: E402
     bounded,
     setup,
 )
-from util.checkpoint import load_pretrained  # noqa: E402
-from util.datasets import build_dataset, build_linprobe_transform, check_classes  # noqa: E402
+from util.datasets import build_dataset, build_linprobe_transform, check_classes, normalise  # noqa: E402
 from util.errors import UserError, as_user_error  # noqa: E402
 from util.loader import build_loader  # noqa: E402
-from util.seeding import seeded  # noqa: E402
+from util.probes import build_encoder  # noqa: E402
 
 BANK, QUERIES = 1 << 14, 1 << 10  # training and validation images compared at a time: a matrix of 64 MB
 
 
 # ---- features ----
-
-def build_encoder(args):
-    """The classifier of args.model without its last layer, with the weights of args.finetune: images -> features [N, D]."""
-    with seeded('weights', args.seed), as_user_error(f'--model {args.model} --input_size {args.input_size}', ValueError):
-        model = MODELS[args.model](img_size=args.input_size, num_classes=0, global_pool=args.global_pool)
-    if args.finetune:
-        load_pretrained(argparse.Namespace(**{**vars(args), 'eval': False}), model, whole_encoder=True)
-    else:
-        print('No --finetune: the features are those of random weights')
-    return model.eval()
-
 
 def build_sets(args):
     """(training set, validation set), both without augmentation."""
@@ -76,7 +64,7 @@ def extract(model, loader, device, args, header):
     features, classes, numbers = [torch.zeros(0, model.num_features)], [torch.zeros(0).long()], [torch.zeros(0).long()]
     for images, targets, samples in misc.MetricLogger().log_every(loader, args.print_freq, header):
         with misc.autocast(device, args.amp):
-            x = model(images.to(device, non_blocking=True))
+            x = model(normalise(images.to(device, non_blocking=True)))
         features.append(F.normalize(x.float(), dim=1).cpu())
         classes.append(targets)
         numbers.append(samples)

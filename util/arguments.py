@@ -124,13 +124,14 @@ def add_process_arguments(parser):
     group.add_argument('--dist_url', default='env://', help='how processes find each other')
 
 
-def add_encoder_arguments(parser, models):
+def add_encoder_arguments(parser, models, pooling=True):
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='vit_large_patch16', choices=models, metavar='NAME', help=', '.join(models))
     group.add_argument('--input_size', default=224, type=bounded(int, 1, 4096), help='pixels along a side')
     group.add_argument('--nb_classes', default=1000, type=bounded(int, 1), help='classes; checked against the data')
-    group.add_argument('--global_pool', action='store_true', help='classify the mean of the patch tokens')
-    group.add_argument('--cls_token', action='store_false', dest='global_pool', help='classify the class token (the default)')
+    if pooling:
+        group.add_argument('--global_pool', action='store_true', help='classify the mean of the patch tokens')
+        group.add_argument('--cls_token', action='store_false', dest='global_pool', help='classify the class token (the default)')
     group.add_argument('--finetune', default='', metavar='FILE', help='checkpoint to start from: ours, MAE, timm, OpenMMLab, '
                                                                       '.safetensors')
 

@@ -12,10 +12,26 @@ import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from timm.optim import param_groups_weight_decay
 
-from util.checkpoint import save_on_master
-from util.errors import UserError
+from models_vit import MODELS
+from util.checkpoint import load_pretrained, save_on_master
+from util.errors import UserError, as_user_error
 from util.lars import LARS
 from util.lr_sched import absolute_lr
+from util.seeding import seeded
+
+
+def build_encoder(args):
+    """The classifier of args.model without its last layer, with the weights of args.finetune, in eval mode.
+
+    Reads args.model, input_size, global_pool, finetune, seed. Raises UserError.
+    """
+    with seeded('weights', args.seed), as_user_error(f'--model {args.model} --input_size {args.input_size}', ValueError):
+        model = MODELS[args.model](img_size=args.input_size, num_classes=0, global_pool=args.global_pool)
+    if args.finetune:
+        load_pretrained(argparse.Namespace(**{**vars(args), 'eval': False}), model, whole_encoder=True)
+    else:
+        print('No --finetune: the features are those of random weights')
+    return model.eval()
 
 
 def linear_probe(model):
