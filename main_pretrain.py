@@ -12,12 +12,13 @@ from util import misc
 from util.arguments import Parser, add_common_arguments, bounded, setup
 from util.datasets import build_dataset, build_pretrain_transform
 from util.distributed import distribute
-from util.errors import UserError, as_user_error
+from util.errors import UserError
 from util.interruption import Interruption
 from util.loader import build_loader
 from util.logs import log_epoch, open_log
 from util.seeding import seeded
-from util.teacher import build_teacher
+from util.teacher import CLIP_PATH, build_teacher, check_teacher
+from util.visualize import fixed_images, log_panels
 
 
 def get_args_parser():
@@ -30,42 +31,53 @@ def get_args_parser():
     group.add_argument('--use_clip', action='store_true', help="predict the teacher's features instead of pixels")
     group.add_argument('--change_decoder', action='store_true', help="the prompting decoder instead of MAE's")
     group.add_argument('--attn_mask', action='store_true', help="semantic aware masking by the teacher's attention")
-    group.add_argument('--clip_path', default='ViT-B/16', metavar='FILE|NAME', help='the teacher: a CLIP file or a name')
+    group.add_argument('--clip_path', default=CLIP_PATH, metavar='FILE|NAME', help='the teacher: a CLIP file or a name')
+    group.add_argument('--teacher', default='', metavar='NAME', help="a teacher in place of --clip_path's: CLIP's names, "
+                       "or a ViT of timm's such as vit_base_patch16_siglip_224; it is shown images for the grid of --model")
+    group.add_argument('--teacher_path', default='', metavar='FILE', help="weights of --teacher; default: those of timm's hub")
+    group.add_argument('--use_clip_dino', action='store_true', help='the teacher is DINO, dino_vitbase16_pretrain.pth')
+    group.add_argument('--use_clip_slip', action='store_true', help='the teacher is SLIP, slip_vit_base_16.pth.tar')
     group.add_argument('--teacher_norm', default='imagenet', choices=['imagenet', 'own'],
-                       help="mean and deviation of the teacher's input: the student's, as published, or CLIP's own")
+                       help="mean and deviation of the teacher's input: the student's, as published, or its own")
     group.add_argument('--average_targets', default=1, type=bounded(int, 1), metavar='K',
                        help="target: mean over the teacher's last K blocks")
     add_common_arguments(parser, epochs=400, warmup_epochs=40)
+    group = parser.add_argument_group('pictures')
+    group.add_argument('--vis_every', default=0, type=bounded(int, 0), metavar='N',
+                       help='masks, features and predictions of a few images to TensorBoard after every N-th epoch and the '
+                            'last; 0: none')
     return parser
 
 
 def check(args):
-    """Combinations of flags that cannot work."""
+    """Combinations of flags that cannot work; a flag that names a teacher turns args.use_clip on."""
+    check_teacher(args)
     if args.attn_mask and not args.use_clip:
         raise UserError('--attn_mask needs the teacher that --use_clip brings; give both or neither')
+    if args.vis_every and not args.log_dir:
+        raise UserError('--vis_every draws into TensorBoard: give --log_dir, the folder of its events')
 
 
 def build_model(args, teacher):
-    """The model of the flags, as large as the images and as wide as the teacher's features; checks that all of it fits."""
-    with as_user_error(f'--model {args.model} --input_size {args.input_size}', ValueError):
-        model = MODELS[args.model](
-            img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=args.use_clip, attn_mask=args.attn_mask,
-            change_decoder=args.change_decoder, target_dim=teacher.dim if teacher else None)
-    grid = model.patch_embed.grid_size[0]
-    visible = count_visible(grid * grid, args.mask_ratio)
-    if teacher and teacher.grid_size != grid:
-        raise UserError(f'the teacher {args.clip_path} has {teacher.grid_size}x{teacher.grid_size} patches and {args.model} at '
-                        f'--input_size {args.input_size} has {grid}x{grid}; take a teacher of the same patch size')
-    if visible == 0 or (visible == grid * grid and not args.use_clip):
-        raise UserError(f'--mask_ratio {args.mask_ratio} leaves {visible} of {grid * grid} patches visible; '
+    """The model of the flags, as large as the images and as wide as the teacher's features; checks the mask ratio."""
+    model = MODELS[args.model](
+        img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=args.use_clip, attn_mask=args.attn_mask,
+        change_decoder=args.change_decoder, target_dim=teacher.dim if teacher else None)
+    patches = model.patch_embed.num_patches
+    visible = count_visible(patches, args.mask_ratio)
+    if visible == 0 or (visible == patches and not args.use_clip):
+        raise UserError(f'--mask_ratio {args.mask_ratio} leaves {visible} of {patches} patches visible; '
                         'there is nothing to learn from')
     return model
 
 
 def build_training(args, device):
     """(teacher or None, model, model without DDP, optimiser, loss scaler) of a run."""
-    # model
-    teacher = build_teacher(args, device) if args.use_clip else None
+    # teacher and model
+    patch_size = MODELS[args.model].keywords['patch_size']
+    if args.input_size % patch_size:
+        raise UserError(f'--input_size {args.input_size} is not a multiple of the patch size {patch_size} of {args.model}')
+    teacher = build_teacher(args, args.input_size // patch_size, device) if args.use_clip else None
     with seeded('weights', args.seed):
         model_without_ddp = build_model(args, teacher).to(device)
     if args.compile:
@@ -100,8 +112,9 @@ def main(args):
     def save(epoch, **inside):
         misc.save_model(args, epoch - 1, model, model_without_ddp, optimizer, loss_scaler, **inside)
 
-    interruption = Interruption(args, save, resumed)
+    interruption = Interruption(args, save, len(data_loader), resumed)
     log_writer = open_log(args, args.start_epoch + interruption.step / len(data_loader))
+    vis_images = fixed_images(args, data_loader.dataset) if args.vis_every else None
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):
         data_loader.set_epoch(epoch, interruption.start_of(epoch)[0])
@@ -110,6 +123,7 @@ def main(args):
             interruption=interruption)
         log_epoch(args, log_writer, {**{f'train_{k}': v for k, v in train_stats.items()}, 'epoch': epoch})
         misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
+        log_panels(args, log_writer, epoch, model_without_ddp, teacher, vis_images)
         interruption.after_epoch(epoch)
     print(f'Training time {datetime.timedelta(seconds=int(time.time() - start))}')
 

@@ -11,7 +11,7 @@ from util.download import download
 from util.errors import UserError, first_line
 from util.torchscript import is_torchscript, read_torchscript
 
-from .model import build_model
+from .model import MEAN, STD, build_model
 from .simple_tokenizer import SimpleTokenizer
 
 _URL = 'https://openaipublic.azureedge.net/clip/models/{sha256}/{file}'
@@ -23,9 +23,6 @@ _MODELS = {
     'ViT-L/14': ('ViT-L-14.pt', 'b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836', []),
     'ViT-L/14@336px': ('ViT-L-14-336px.pt', '3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02', []),
 }
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def available_models():

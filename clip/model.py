@@ -11,6 +11,9 @@ import torch.nn.functional as F
 
 from util.integrity import check_claims
 
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 class QuickGELU(nn.Module):
     def forward(self, x):
@@ -73,8 +76,12 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """CLIP's image tower.
 
-    Attributes: input_resolution and patch_size in pixels, grid_size in patches a side, output_dim.
+    Attributes: input_resolution and patch_size in pixels, grid_size in patches a side, output_dim, and layers, mean, std and
+    answer as util/teacher.py has them.
     """
+
+    mean, std = MEAN, STD
+    answer = 'class token'
 
     def __init__(self, input_resolution, patch_size, width, layers, heads, output_dim):
         super().__init__()
@@ -82,6 +89,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.grid_size = input_resolution // patch_size
         self.output_dim = output_dim
+        self.layers = layers
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
@@ -90,6 +98,16 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(width, layers, heads)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
+
+    def set_grid_size(self, grid_size):
+        """Take images of grid_size x grid_size patches from now on; the position embedding is resized as timm does it."""
+        from timm.layers import resample_abs_pos_embed  # the rest of clip/ does without timm
+        if grid_size == self.grid_size:
+            return
+        table = resample_abs_pos_embed(self.positional_embedding.data[None], [grid_size, grid_size])[0]
+        self.positional_embedding = nn.Parameter(table)
+        self.grid_size = grid_size
+        self.input_resolution = grid_size * self.patch_size
 
     def embed(self, images):
         """images [N, 3, R, R] -> the first block's input [N, L+1, width]."""

@@ -1,5 +1,6 @@
 import builtins
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image, ImageDraw
 
@@ -61,7 +63,7 @@ def script(name):
     def start(*flags, launcher=None, **kwargs):
         if launcher or kwargs:
             return run(*(launcher or (sys.executable,)), ROOT / f'{name}.py', *flags, **kwargs)
-        module = importlib.import_module(name)
+        module = importlib.import_module(name.replace('/', '.'))
         out, err, code, builtin_print = io.StringIO(), io.StringIO(), 0, builtins.print
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -183,3 +185,17 @@ def milan_flags(small_images, tiny_clip, tmp_path):
     return ['--model', 'mae_vit_tiny_patch8', '--input_size', 64, '--amp', 'fp32', '--batch_size', 4, '--data_path', small_images,
             '--clip_path', tiny_clip, '--use_clip', '--change_decoder', '--attn_mask', '--num_workers', 0, '--blr', 0.05,
             '--warmup_epochs', 1, '--output_dir', tmp_path / 'out', '--log_dir', tmp_path / 'out', '--print_freq', 2]
+
+
+@pytest.fixture(scope='session')
+def timm_weights(tmp_path_factory):
+    """timm_weights(name, **sizes): a file of weights for that timm model; skips where this timm does not have it."""
+    @functools.cache
+    def make(name, sizes):
+        if not timm.is_model(name):
+            pytest.skip(f'timm {timm.__version__} has no {name}')
+        model = timm.create_model(name, num_classes=24 if '_clip_' in name else 0, **dict(sizes))
+        path = tmp_path_factory.mktemp('timm') / 'model.pth'
+        torch.save(load_deterministic(model, skip=('rope.freqs',)).state_dict(), path)
+        return path
+    return lambda name, **sizes: make(name, tuple(sizes.items()))

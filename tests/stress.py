@@ -22,7 +22,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 # name: (the module with its class Stress, cases by default). Stress(folder, seed) makes what its cases need in the empty
 # folder; case(number) does one and returns (outcome, what it was), of which one that begins with WRONG is a failure; close()
 # ends it.
-KINDS = {'checkpoints': ('stress_checkpoints', 10_000), 'commands': ('stress_commands', 2_000)}
+KINDS = {'checkpoints': ('stress_checkpoints', 10_000), 'commands': ('stress_commands', 2_000), 'kills': ('stress_kills', 10),
+         'signals': ('stress_signals', 20), 'nodes': ('stress_nodes', 3), 'disk': ('stress_disk', 6_000),
+         'images': ('stress_images', 10), 'memory': ('stress_memory', 2)}
 WRONG = 'WRONG'
 
 

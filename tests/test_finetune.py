@@ -112,6 +112,9 @@ def test_accuracy_is_exact_for_any_number_of_processes(script, classifier_flags,
     module = {'finetune': main_finetune, 'linprobe': main_linprobe}[script]
     args = module.get_args_parser().parse_args([str(f) for f in flags])
     args.rank, args.world_size, args.pin_mem = 0, 1, False
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from torchvision.transforms.functional import normalize
+
     from util.datasets import build_linprobe_transform, build_transform
     from util.loader import build_loaders
     _, loader = build_loaders(args, build_linprobe_transform if script == 'linprobe' else build_transform)
@@ -120,7 +123,8 @@ def test_accuracy_is_exact_for_any_number_of_processes(script, classifier_flags,
         model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(192, affine=False, eps=1e-6), model.head)
     model.load_state_dict(load(args.resume)['model'])
     with torch.no_grad():
-        hits = [(model.eval()(x).argmax(1) == y) for x, y, _ in loader]
+        hits = [(model.eval()(normalize(x / 255, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)).argmax(1) == y)
+                for x, y, _ in loader]
     assert stats['test_acc1'] == pytest.approx(100 * torch.cat(hits).float().mean().item(), abs=1e-4)
 
 

@@ -9,11 +9,12 @@ import main_linprobe
 import main_pretrain
 import models_milan
 import models_vit
-from tools import benchmark, download, export, prepare_imagenet
+from tools import benchmark, download, export, knn, prepare_imagenet, segment, visualize
 
 README = (ROOT / 'README.md').read_text()
+FLAGS = (ROOT / 'docs' / 'flags.md').read_text()
 SCRIPTS = main_pretrain, main_finetune, main_linprobe
-TOOLS = benchmark, download, export, prepare_imagenet
+TOOLS = benchmark, download, export, knn, prepare_imagenet, segment, visualize
 
 
 def flags(module):
@@ -22,7 +23,7 @@ def flags(module):
 
 def test_every_flag_is_in_a_table():
     for option in set().union(*map(flags, SCRIPTS)) - {'-h', '--help', '--local-rank'}:
-        assert f'`{option}`' in README, option
+        assert f'`{option}`' in FLAGS, option
 
 
 def test_every_flag_of_the_commands_exists():
@@ -34,7 +35,7 @@ def test_every_flag_of_the_commands_exists():
 
 def test_every_model_is_named():
     for name in (*models_milan.MODELS, *models_vit.MODELS):
-        assert name.removeprefix('mae_').removeprefix('vit_').split('_dec')[0] in README
+        assert name.removeprefix('mae_').removeprefix('vit_').split('_dec')[0] in FLAGS
 
 
 def test_links_lead_somewhere():

@@ -140,6 +140,7 @@ def test_benchmark_of_the_script(tmp_path, small_images):
 
 def test_benchmark_says_what_is_wrong(tmp_path):
     for flags, text in ((['all', '--data_path', tmp_path], 'no folder train/'),
+                        (['step', '--teacher', 'test_vit'], 'knows one teacher, CLIP'),
                         (['step', '--model', 'mae_vit_tiny_patch8', '--input_size', 60], '--input_size 60')):
         result = run(sys.executable, 'tools/benchmark.py', *flags)
         assert result.returncode in (1, 2)

@@ -239,6 +239,8 @@ def main(options):
     parser = main_pretrain.get_args_parser()
     parser.set_defaults(model='mae_vit_base_patch16', clip_path='', batch_size=256 if torch.cuda.is_available() else 8)
     args = parser.parse_args([*options.rest, *MILAN])
+    if args.teacher or args.use_clip_dino or args.use_clip_slip:
+        raise UserError('the formulation to compare with knows one teacher, CLIP; give --clip_path or nothing')
     if options.what != 'step':
         image_files(args)  # what is wrong with --data_path is said now and not after minutes
     with tempfile.TemporaryDirectory() as folder:
