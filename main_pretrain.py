@@ -18,6 +18,7 @@ from util.loader import build_loader
 from util.logs import log_epoch, open_log
 from util.seeding import seeded
 from util.teacher import CLIP_PATH, build_teacher, check_teacher
+from util.visualize import fixed_images, log_panels
 
 
 def get_args_parser():
@@ -41,6 +42,10 @@ def get_args_parser():
     group.add_argument('--average_targets', default=1, type=bounded(int, 1), metavar='K',
                        help="target: mean over the teacher's last K blocks")
     add_common_arguments(parser, epochs=400, warmup_epochs=40)
+    group = parser.add_argument_group('pictures')
+    group.add_argument('--vis_every', default=0, type=bounded(int, 0), metavar='N',
+                       help='masks, features and predictions of a few images to TensorBoard after every N-th epoch and the '
+                            'last; 0: none')
     return parser
 
 
@@ -49,6 +54,8 @@ def check(args):
     check_teacher(args)
     if args.attn_mask and not args.use_clip:
         raise UserError('--attn_mask needs the teacher that --use_clip brings; give both or neither')
+    if args.vis_every and not args.log_dir:
+        raise UserError('--vis_every draws into TensorBoard: give --log_dir, the folder of its events')
 
 
 def build_model(args, teacher):
@@ -105,8 +112,9 @@ def main(args):
     def save(epoch, **inside):
         misc.save_model(args, epoch - 1, model, model_without_ddp, optimizer, loss_scaler, **inside)
 
-    interruption = Interruption(args, save, resumed)
+    interruption = Interruption(args, save, len(data_loader), resumed)
     log_writer = open_log(args, args.start_epoch + interruption.step / len(data_loader))
+    vis_images = fixed_images(args, data_loader.dataset) if args.vis_every else None
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):
         data_loader.set_epoch(epoch, interruption.start_of(epoch)[0])
@@ -115,6 +123,7 @@ def main(args):
             interruption=interruption)
         log_epoch(args, log_writer, {**{f'train_{k}': v for k, v in train_stats.items()}, 'epoch': epoch})
         misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
+        log_panels(args, log_writer, epoch, model_without_ddp, teacher, vis_images)
         interruption.after_epoch(epoch)
     print(f'Training time {datetime.timedelta(seconds=int(time.time() - start))}')
 

@@ -16,7 +16,7 @@ def test_demo(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('=== done in') == 11
     assert 'zero-shot top-1 by captions' in result.stdout and 'Demo finished' in result.stdout
-    for name in ('figure.png', 'loss.png', 'results.png'):
+    for name in ('figure.png', 'text_query.png', 'loss.png', 'results.png'):
         with Image.open(tmp_path / 'demo' / name) as image:
             assert image.size[0] >= 500
     assert (tmp_path / 'demo' / 'milan' / 'checkpoint-1.pth').exists()

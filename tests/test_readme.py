@@ -9,12 +9,12 @@ import main_linprobe
 import main_pretrain
 import models_milan
 import models_vit
-from tools import benchmark, download, export, prepare_imagenet
+from tools import benchmark, download, export, knn, prepare_imagenet, segment, visualize
 
 README = (ROOT / 'README.md').read_text()
 FLAGS = (ROOT / 'docs' / 'flags.md').read_text()
 SCRIPTS = main_pretrain, main_finetune, main_linprobe
-TOOLS = benchmark, download, export, prepare_imagenet
+TOOLS = benchmark, download, export, knn, prepare_imagenet, segment, visualize
 
 
 def flags(module):

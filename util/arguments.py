@@ -11,6 +11,7 @@ import torch
 from util import misc
 from util.checkpoint import resolve_resume
 from util.errors import UserError
+from util.lr_sched import absolute_lr
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +31,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-class _Device(argparse.Action):
+class Device(argparse.Action):
     """--device, remembering that it was asked for: only the default gives way to the CPU where there is no CUDA."""
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -60,11 +61,8 @@ def add_common_arguments(parser, **defaults):
     group.add_argument('--epochs', type=bounded(int, 1), help='passes over the training set')
     group.add_argument('--accum_iter', default=1, type=bounded(int, 1),
                        help='steps whose gradients are accumulated before the weights are updated')
-    group.add_argument('--amp', default='auto', choices=['auto', 'fp32', 'bf16', 'fp16'],
-                       help='precision of the forward pass; auto: bf16 if the hardware has it, else fp16 on a GPU, fp32 on CPU')
     group.add_argument('--compile', default='auto', choices=['auto', 'on', 'off'], help='torch.compile; auto: on a GPU')
-    group.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1), help='crops, masks and other draws follow from it')
-    group.add_argument('--device', default='cuda', action=_Device, help='cuda or cpu; where there is no CUDA the default is cpu')
+    add_device_arguments(group)
 
     group = parser.add_argument_group('optimiser')
     group.add_argument('--weight_decay', type=bounded(float, 0, 1e3), default=0.05, help='not on biases and norms')
@@ -73,22 +71,11 @@ def add_common_arguments(parser, **defaults):
                        help='base learning rate: lr = blr * effective batch / 256')
     group.add_argument('--min_lr', type=bounded(float, 0, 1e9), default=0.0, metavar='LR', help='the rate the schedule ends at')
     group.add_argument('--warmup_epochs', type=bounded(int, 0), metavar='N', help='epochs of linear warm-up')
-
-    group = parser.add_argument_group('data and output')
-    group.add_argument('--data_path', metavar='DIR',
-                       help='folder with train/ and val/, a folder a class in each')
-    group.add_argument('--dataset', default='', metavar='NAME',
-                       help='read --data_path as this data set of timm instead: torch/cifar10, hfds/NAME, wds/NAME, or tar '
-                            'for tar files; default: an image folder')
-    group.add_argument('--train_split', default='train', metavar='NAME', help='name of the training set, with --dataset')
-    group.add_argument('--val_split', default='validation', metavar='NAME', help='name of the validation set, with --dataset')
-    group.add_argument('--num_workers', default=16, type=bounded(int, 0), help='loader processes a training process')
-    group.add_argument('--pin_mem', action='store_true', help='page-locked memory for faster copies to the GPU (the default)')
-    group.add_argument('--no_pin_mem', action='store_false', dest='pin_mem')
-    group.add_argument('--max_bad_images', default=100, type=bounded(int, 0), metavar='N',
-                       help='unreadable image files that a process passes over before the run stops')
     group.add_argument('--max_skipped_steps', default=10, type=bounded(int, 0), metavar='N',
                        help='steps in a row that are left out for gradients that are not finite before the run stops')
+
+    group = parser.add_argument_group('data and output')
+    add_data_arguments(group)
     group.add_argument('--save_every', default=20, type=bounded(int, 1), metavar='N',
                        help='checkpoint-EPOCH.pth after every N-th epoch and the last; checkpoint-last.pth is always the newest')
     group.add_argument('--output_dir', default='./output_dir', metavar='DIR', help="checkpoints and log.txt; '' writes none")
@@ -100,6 +87,34 @@ def add_common_arguments(parser, **defaults):
                        help='checkpoint to continue from; auto: the newest whole one in --output_dir, if there is one')
     group.add_argument('--start_epoch', default=0, type=bounded(int, 0), metavar='N', help='without --resume')
 
+    add_process_arguments(parser)
+    parser.set_defaults(**defaults)
+
+
+def add_device_arguments(group):
+    group.add_argument('--amp', default='auto', choices=['auto', 'fp32', 'bf16', 'fp16'],
+                       help='precision of the forward pass; auto: bf16 if the hardware has it, else fp16 on a GPU, fp32 on CPU')
+    group.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1), help='crops, masks and other draws follow from it')
+    group.add_argument('--device', default='cuda', action=Device, help='cuda or cpu; where there is no CUDA the default is cpu')
+
+
+def add_data_arguments(group):
+    group.add_argument('--data_path', metavar='DIR',
+                       help='folder with train/ and val/, a folder a class in each')
+    group.add_argument('--dataset', default='', metavar='NAME',
+                       help='read --data_path as this data set of timm instead: torch/cifar10, hfds/NAME, wds/NAME, or tar '
+                            'for tar files; default: an image folder')
+    group.add_argument('--train_split', default='train', metavar='NAME', help='name of the training set, with --dataset')
+    group.add_argument('--val_split', default='validation', metavar='NAME', help='name of the validation set, with --dataset')
+    group.add_argument('--num_workers', default=16, type=bounded(int, 0), help='loader processes a training process')
+    group.add_argument('--pin_mem', action='store_true', default=True,
+                       help='page-locked memory for faster copies to the GPU (the default)')
+    group.add_argument('--no_pin_mem', action='store_false', dest='pin_mem')
+    group.add_argument('--max_bad_images', default=100, type=bounded(int, 0), metavar='N',
+                       help='unreadable image files that a process passes over before the run stops')
+
+
+def add_process_arguments(parser):
     group = parser.add_argument_group('processes (set by the launchers)')
     group.add_argument('--world_size', default=1, type=int, help='number of processes')
     group.add_argument('--local_rank', '--local-rank', default=-1, type=int, help="the process's number on its machine")
@@ -107,19 +122,23 @@ def add_common_arguments(parser, **defaults):
     group.add_argument('--dist_timeout', default=30.0, type=bounded(float, 0.01, 1e5), metavar='MINUTES',
                        help='how long processes wait for each other before the run is given up')
     group.add_argument('--dist_url', default='env://', help='how processes find each other')
-    parser.set_defaults(pin_mem=True, **defaults)
 
 
-def add_classifier_arguments(parser, models, **defaults):
-    """The flags that fine-tuning and linear probing share beyond those of all scripts."""
+def add_encoder_arguments(parser, models, pooling=True):
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='vit_large_patch16', choices=models, metavar='NAME', help=', '.join(models))
     group.add_argument('--input_size', default=224, type=bounded(int, 1, 4096), help='pixels along a side')
     group.add_argument('--nb_classes', default=1000, type=bounded(int, 1), help='classes; checked against the data')
-    group.add_argument('--global_pool', action='store_true', help='classify the mean of the patch tokens')
-    group.add_argument('--cls_token', action='store_false', dest='global_pool', help='classify the class token (the default)')
+    if pooling:
+        group.add_argument('--global_pool', action='store_true', help='classify the mean of the patch tokens')
+        group.add_argument('--cls_token', action='store_false', dest='global_pool', help='classify the class token (the default)')
     group.add_argument('--finetune', default='', metavar='FILE', help='checkpoint to start from: ours, MAE, timm, OpenMMLab, '
                                                                       '.safetensors')
+
+
+def add_classifier_arguments(parser, models, **defaults):
+    """The flags that fine-tuning and linear probing share beyond those of all scripts."""
+    add_encoder_arguments(parser, models)
     group = parser.add_argument_group('evaluation')
     group.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume or --finetune, and end')
     group.add_argument('--dist_eval', action='store_true',
@@ -139,7 +158,7 @@ def setup(args):
     file = getattr(args, flag, '')
     if file and file != 'auto' and not os.path.isfile(file):  # said before the images are listed, which can take minutes
         raise UserError(f'--{flag}: checkpoint {file} does not exist, or is no file')
-    _choose_device(args)
+    choose_device(args)
     misc.init_distributed_mode(args)
     device = torch.device(args.device)
     resolve_resume(args)
@@ -155,7 +174,7 @@ def setup(args):
     args.num_workers = min(args.num_workers, cores)
     batch = args.batch_size * args.accum_iter * args.world_size
     if args.lr is None:
-        args.lr = args.blr * batch / 256
+        args.lr = absolute_lr(args, args.blr)
     print(f'{args.world_size} process(es) on {device.type}, {args.amp}{", compiled" if args.compile else ""}, '
           f'{args.num_workers} loader workers each')
     if not getattr(args, 'eval', False):
@@ -168,7 +187,7 @@ def setup(args):
     return device
 
 
-def _choose_device(args):
+def choose_device(args):
     given = getattr(args, 'device_given', False)
     vars(args).pop('device_given', None)
     try:

@@ -137,9 +137,11 @@ def main_process_first():
     """Inside, the first process is done before the others begin."""
     if is_dist_avail_and_initialized() and not is_main_process():
         dist.barrier()
-    yield
-    if is_dist_avail_and_initialized() and is_main_process():
-        dist.barrier()
+    try:
+        yield
+    finally:  # the others wait, and meet the same error themselves
+        if is_dist_avail_and_initialized() and is_main_process():
+            dist.barrier()
 
 
 def missing_processes():

@@ -1,4 +1,5 @@
-"""The demo's pictures: what the teacher attends to, which patches that leaves visible, how the loss went, what came of it.
+"""The demo's pictures: what the teacher attends to, which patches that leaves visible, what texts say of hidden ones, how
+the loss went, what came of it.
 
     python -m tools.demo.figure --output_dir demo_output
 """
@@ -9,14 +10,15 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clip
 from models_milan import count_visible, patch_order
+from tools import visualize
 from tools.demo.draw import CLASSES
-from tools.demo.train_clip import load_split, normalise
+from tools.demo.train_clip import load_split, normalise, prompt
 from util.seeding import sample_noise
+from util.visualize import first_patches, heat_over, hide, look
 
 try:
     import matplotlib
@@ -26,15 +28,6 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 MASK_RATIO = 0.75
-
-
-def hide(image, ids, grid):
-    """image [H, W, 3] in [0, 1] with all but the first quarter of the patches ``ids`` [L] in light grey."""
-    visible = torch.zeros(grid * grid)
-    visible[ids[:count_visible(grid * grid, MASK_RATIO)]] = 1
-    patch = image.shape[0] // grid
-    visible = visible.view(grid, grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)[..., None].numpy()
-    return image * visible + 0.88 * (1 - visible)
 
 
 @torch.no_grad()
@@ -48,22 +41,19 @@ def masks(output_dir, count=5):
 
     model, _ = clip.load(str(Path(output_dir) / 'clip_demo.pth.tar'), 'cpu')
     _, importance = model.encode_tokens(normalise(images))
-    grid = model.visual.grid_size
-    noise = [sample_noise(0, epoch, torch.tensor(chosen), grid * grid) for epoch in range(3)]
-    semantic = [patch_order(noise[draw], importance) for draw in range(2)]
-    uniform = patch_order(noise[2])
-    heat = F.interpolate(importance.view(count, 1, grid, grid), size=images.shape[-1], mode='bicubic')[:, 0]
+    length = importance.shape[1]
+    noise = [sample_noise(0, epoch, torch.tensor(chosen), length) for epoch in range(3)]
+    orders = [patch_order(noise[0], importance), patch_order(noise[1], importance), patch_order(noise[2])]
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    panels = [pixels, heat_over(pixels, importance)]
+    panels += [hide(pixels, first_patches(ids, count_visible(length, MASK_RATIO))) for ids in orders]
 
     rows = ['image', "teacher's\nimportance", 'visible,\nsemantic aware', 'visible,\nanother draw', 'visible,\nuniform']
     figure, axes = plt.subplots(len(rows), count, figsize=(1.5 * count, 1.5 * len(rows)), dpi=100)
     for column in range(count):
-        image = images[column].permute(1, 2, 0).numpy() / 255
         axes[0, column].set_title(lines[column]['class'], fontsize=10)
-        axes[0, column].imshow(image)
-        axes[1, column].imshow(image.mean(axis=2), cmap='gray')
-        axes[1, column].imshow(heat[column], cmap='inferno', alpha=0.7)
-        for row, ids in ((2, semantic[0]), (3, semantic[1]), (4, uniform)):
-            axes[row, column].imshow(hide(image, ids[column], grid))
+        for ax, panel in zip(axes[:, column], panels):
+            ax.imshow(panel[column])
     for row, name in enumerate(rows):
         axes[row, 0].set_ylabel(name, fontsize=10)
     for ax in axes.flat:
@@ -72,6 +62,26 @@ def masks(output_dir, count=5):
     figure.tight_layout(pad=0.4)
     figure.savefig(Path(output_dir) / 'figure.png')
     plt.close(figure)
+
+
+def text_query(output_dir, classes=('striped', 'bricked'), others=('ringed', 'plain')):
+    """text_query.png: the first validation picture of two classes, and what texts say of patches hidden from MILAN."""
+    out = Path(output_dir)
+    files = [min((out / 'data' / 'val' / name).iterdir()) for name in classes]
+    texts = [prompt(name) for name in (*classes, *others)]
+    flags = [out / 'milan' / 'checkpoint-last.pth', *files, '--text', *texts, '--clip_path', out / 'clip_demo.pth.tar',
+             '--device', 'cpu']
+    parts = visualize.prepare(visualize.get_args_parser().parse_args([str(flag) for flag in flags]))
+    seen = look(parts.model, parts.teacher, torch.cat(parts.images), parts.settings.mask_ratio)
+    rows, value_range = visualize.text_rows(seen, parts.features, parts.scale)
+    figure = visualize.new_figure(1 + len(texts), len(rows) * len(files))
+    figure.suptitle('What is hidden here? Texts compared with the tokens that MILAN predicts for patches it does not see\n'
+                    f"Light: the text fits. Upper rows: the demo's teacher; lower rows: MILAN after "
+                    f'{parts.settings.epochs} epochs')
+    axes = figure.subplots(len(rows) * len(files), 1 + len(texts))
+    for n in range(len(files)):
+        visualize.add_text_maps(axes[n * len(rows):(n + 1) * len(rows)], n, texts, rows, value_range)
+    figure.savefig(out / 'text_query.png', dpi=80)
 
 
 def loss_curve(output_dir):
@@ -116,6 +126,7 @@ def main():
     parser.add_argument('--output_dir', default='demo_output')
     args = parser.parse_args()
     masks(args.output_dir)
+    text_query(args.output_dir)
     loss_curve(args.output_dir)
     bars(args.output_dir)
 

@@ -17,7 +17,8 @@ from tools.demo.draw import CLASSES
 
 # everything the demo writes, and so may delete
 MADE = ('data', 'labelled', 'milan', 'mae', 'linear', 'finetune', 'captions_train.jsonl', 'captions_val.jsonl',
-        'clip_demo.pth.tar', 'teacher.json', 'results.json', 'figure.png', 'loss.png', 'results.png')
+        'clip_demo.pth.tar', 'teacher.json', 'results.json', 'figure.png', 'loss.png', 'results.png',
+        'text_query.png')
 STAGES = 7
 
 
@@ -146,6 +147,7 @@ def main():
     print(f"""
 Demo finished in {time.time() - start:.0f} s. The results are in {out.resolve()}:
   figure.png               images, the teacher's importance, sampled masks
+  text_query.png           texts compared with what MILAN predicts for hidden patches
   results.png              the table above as a picture (results.json: as numbers)
   loss.png                 the curve of MILAN's pretraining loss
   milan/, mae/             pretraining checkpoints and log.txt
