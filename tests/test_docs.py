@@ -108,7 +108,8 @@ def message_patterns():
 
 def test_quoted_messages_are_those_of_the_code():
     page = (ROOT / 'docs' / 'troubleshooting.md').read_text()
-    quotes = [' '.join(quote.split()) for block in re.findall(r'```text\n(.*?)```', page, re.DOTALL) for quote in block.split('\n\n')]
+    blocks = re.findall(r'```text\n(.*?)```', page, re.DOTALL)
+    quotes = [' '.join(quote.split()) for block in blocks for quote in block.split('\n\n')]
     patterns = list(message_patterns())
     assert len(quotes) > 40
     for quote in quotes:
