@@ -8,6 +8,8 @@ import tarfile
 
 import numpy as np
 import pytest
+import timm
+import torch
 from conftest import pretrain
 from imagenet_archives import TRUTH, devkit
 from stress_mutations import unzip, zipped
@@ -15,7 +17,7 @@ from stress_mutations import unzip, zipped
 import clip
 from clip.simple_tokenizer import SimpleTokenizer, vocab_path
 from tools import prepare_imagenet
-from util import folder
+from util import folder, teachers_timm
 from util.errors import UserError
 
 TINY = ['--model', 'mae_vit_tiny_patch8', '--input_size', 32, '--batch_size', 4, '--epochs', 1, '--output_dir', '',
@@ -72,9 +74,9 @@ def test_a_damaged_list_of_images_is_made_again(damage, labelled_images, tmp_pat
 
 # ---- ImageNet's archives ----
 
-def refused(function, *args, match):
+def refused(function, *args, match, **kwargs):
     with pytest.raises(UserError, match=match) as error:
-        function(*args)
+        function(*args, **kwargs)
     assert str(args[0]) in str(error.value)
 
 
@@ -125,3 +127,18 @@ def test_a_teacher_that_would_fill_the_memory(tiny_clip, tmp_path):
     assert (tmp_path / 'bomb.pt').stat().st_size < 5e6
     with pytest.raises(ValueError, match='compressed records'):
         clip.load(str(tmp_path / 'bomb.pt'), 'cpu')
+
+
+@timm.models.register_model
+def vit_that_unpickles_anything(pretrained=False, file='', **kwargs):
+    """As older timm does with some files of its hub."""
+    return torch.load(file, weights_only=False)
+
+
+def test_what_timm_fetches_does_not_run(tmp_path):
+    file = tmp_path / 'weights.bin'
+    torch.save({'state_dict': Shell(str(tmp_path / 'proof'))}, file)
+    refused(teachers_timm._fetch, '--teacher x', 'vit_that_unpickles_anything', match='could not be fetched', file=file)
+    assert not (tmp_path / 'proof').exists() and teachers_timm.ONLY_WEIGHTS not in os.environ
+    vit_that_unpickles_anything(file=file)
+    assert (tmp_path / 'proof').exists()

@@ -66,7 +66,7 @@ def test_an_encoder_of_ours_is_a_teacher(tmp_path):
 
 @pytest.mark.parametrize('changes, message', [
     (dict(norm__weight=None), 'it has no norm.weight'),
-    (dict(blocks__1__norm1__weight=torch.zeros(32)), 'blocks.1.norm1.weight is [32] and not [64]'),
+    (dict(blocks__1__norm1__weight=torch.zeros(32)), 'blocks.1.norm1.weight is [32] in it and [64] here'),
     (dict(blocks__2__norm1__weight=torch.zeros(64)), 'it has blocks.2.norm1.weight too'),
     (dict(reg_token=torch.zeros(1, 4, 64)), 'it has reg_token too'),
     (dict(pos_embed=torch.zeros(1, 64)), 'is no vit_small_patch16_224.dino'),

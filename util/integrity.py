@@ -20,6 +20,7 @@ import torch
 
 SEAL = '.sha256'  # the name of our record, and of our entry in the metadata of .safetensors
 CHUNK = 1 << 22
+LARGE = 1 << 33  # bytes of tensors that any machine here has room for
 LONGEST_HEADER = 1 << 24  # bytes of JSON at the head of a .safetensors file; a ViT-H's are 0.1 MB
 
 # What the known formats name beside plain values; of storages, the bytes of a number in them.
@@ -168,12 +169,12 @@ class _Blank:
 
 
 def check_claims(tensors):
-    """ValueError if a dict of tensors, written out, would take many times the memory that it has, as expanded ones do.
+    """ValueError if a dict of tensors, written out, would fill the memory, and takes little as it is: expanded tensors.
 
     A file of 1 kB can hold a tensor of 1 TB. It costs nothing until somebody copies it: check before.
     """
     held = {value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value in tensors.values()}
-    if sum(value.numel() * value.element_size() for value in tensors.values()) > 4 * sum(held.values()):
+    if sum(value.numel() * value.element_size() for value in tensors.values()) > max(4 * sum(held.values()), LARGE):
         raise ValueError('its tensors claim more numbers than it has')
 
 
@@ -219,7 +220,8 @@ def _check_kept(name, value, parameter):
         if not _alike(0.0, value):
             raise ValueError(f'{name} of a parameter is a {type(value).__name__}, or out of range')
         return
-    check_claims({name: value})
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # expanded, and not to be written to
+        raise ValueError(f'{name} of a parameter has fewer numbers than its shape says')
     if not value.is_floating_point() or value.ndim and value.shape != parameter.shape:
         raise ValueError(f'{name} of shape {list(value.shape)} for a parameter of shape {list(parameter.shape)}')
 

@@ -33,13 +33,14 @@ from timm.models.eva import EvaAttention, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, ResPostBlock
 
 import clip
-from util.checkpoint import read_weights
+from util.checkpoint import misfit, read_weights
 from util.errors import UserError, as_user_error, first_line
 
 MODULES = 'vision_transformer', 'eva', 'beit', 'deit'  # of timm.models: their ViTs keep one grid of patches throughout
 ATTENTIONS = Attention, EvaAttention, BeitAttention, getattr(timm.layers, 'AttentionRope', None)  # the last is newer timm's
 POST_NORM = ResPostBlock, EvaBlockPostNorm  # blocks whose attention takes their input as it is
 LABELS = 1000, 11221, 11821, 21841, 21843  # ImageNet's numbers of classes: with a head of these a CLIP was fine-tuned
+ONLY_WEIGHTS = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # by this PyTorch runs nothing of a file where older timm would let it
 MISFITS = RuntimeError, AssertionError, ValueError, KeyError, AttributeError, TypeError, IndexError  # another model's file
 PARTS = 'patch_embed.', 'cls_token', 'reg_token', 'dist_token', 'pos_embed', 'norm_pre.', 'blocks.'  # what tokens come from
 
@@ -241,11 +242,15 @@ def find_timm(name, path=''):
 
 
 def _fetch(where, name, **kwargs):
+    before = os.environ.get(ONLY_WEIGHTS)
+    os.environ[ONLY_WEIGHTS] = '1'
     try:
         return timm.create_model(name, pretrained=True, **kwargs)
     except Exception as e:  # hub, cache and network have each their own kinds
         raise UserError(f"{where}: its weights could not be fetched from timm's hub ({first_line(e)}); "
                         'fetch them by other means and give --teacher_path FILE') from e
+    finally:
+        os.environ.pop(ONLY_WEIGHTS) if before is None else os.environ.update({ONLY_WEIGHTS: before})
 
 
 def _load_file(model, name, path, language):
@@ -264,8 +269,8 @@ def _load_file(model, name, path, language):
     for key, value in ours.items():
         if key not in state_dict:
             raise UserError(f'{where} is no {name}: it has no {key}')
-        if state_dict[key].shape != value.shape:
-            raise UserError(f'{where} is no {name}: {key} is {list(state_dict[key].shape)} and not {list(value.shape)}')
+        if unlike := misfit(value, state_dict[key]):
+            raise UserError(f'{where} is no {name}: {key} is {unlike}')
     extra = [key for key in state_dict if key not in ours and key.startswith(PARTS)]
     if extra:
         raise UserError(f'{where} is no {name}: it has {extra[0]} too')
