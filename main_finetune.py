@@ -47,7 +47,7 @@ def get_args_parser():
 
 def check(args):
     """Combinations of flags that cannot work."""
-    check_classifier(args)
+    check_classifier(args, MODELS)
     if args.global_pool and args.global_pool_wcls:
         raise UserError('--global_pool and --global_pool_wcls are two ways of pooling; give one of them')
     if mixes(args) and args.batch_size % 2:

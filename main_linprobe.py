@@ -31,7 +31,7 @@ def get_args_parser():
 
 def check(args):
     """Combinations of flags that cannot work; args.blr becomes a list of the rates in order, each once."""
-    check_classifier(args)
+    check_classifier(args, MODELS)
     attentive = args.probe == 'attentive'
     if args.batch_size < 2 and not attentive:
         raise UserError(f'--batch_size {args.batch_size}: the batch norm before the classifier needs at least 2 images a process')

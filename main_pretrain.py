@@ -9,7 +9,7 @@ from timm.optim import param_groups_weight_decay
 from engine_pretrain import train_one_epoch
 from models_milan import MODELS, count_visible
 from util import misc
-from util.arguments import Parser, add_common_arguments, bounded, setup
+from util.arguments import Parser, add_common_arguments, bounded, check_checkpoint, check_sizes, setup
 from util.datasets import build_dataset, build_pretrain_transform
 from util.distributed import distribute
 from util.errors import UserError
@@ -56,27 +56,25 @@ def check(args):
         raise UserError('--attn_mask needs the teacher that --use_clip brings; give both or neither')
     if args.vis_every and not args.log_dir:
         raise UserError('--vis_every draws into TensorBoard: give --log_dir, the folder of its events')
-
-
-def build_model(args, teacher):
-    """The model of the flags, as large as the images and as wide as the teacher's features; checks the mask ratio."""
-    model = MODELS[args.model](
-        img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=args.use_clip, attn_mask=args.attn_mask,
-        change_decoder=args.change_decoder, target_dim=teacher.dim if teacher else None)
-    patches = model.patch_embed.num_patches
+    patches = check_sizes(args, MODELS)
     visible = count_visible(patches, args.mask_ratio)
     if visible == 0 or (visible == patches and not args.use_clip):
         raise UserError(f'--mask_ratio {args.mask_ratio} leaves {visible} of {patches} patches visible; '
                         'there is nothing to learn from')
-    return model
+    check_checkpoint(args)
+
+
+def build_model(args, teacher):
+    """The model of the flags, as large as the images and as wide as the teacher's features."""
+    return MODELS[args.model](
+        img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=args.use_clip, attn_mask=args.attn_mask,
+        change_decoder=args.change_decoder, target_dim=teacher.dim if teacher else None)
 
 
 def build_training(args, device):
     """(teacher or None, model, model without DDP, optimiser, loss scaler) of a run."""
     # teacher and model
     patch_size = MODELS[args.model].keywords['patch_size']
-    if args.input_size % patch_size:
-        raise UserError(f'--input_size {args.input_size} is not a multiple of the patch size {patch_size} of {args.model}')
     teacher = build_teacher(args, args.input_size // patch_size, device) if args.use_clip else None
     with seeded('weights', args.seed):
         model_without_ddp = build_model(args, teacher).to(device)

@@ -204,9 +204,8 @@ def get_args_parser():
 
 def random_clip(args, folder):
     """The file of a CLIP of random weights with the student's patch size: as large as OpenAI's; tiny for the tiny one."""
+    main_pretrain.check_sizes(args, main_pretrain.MODELS)
     patch = int(re.search(r'patch(\d+)', args.model)[1])
-    if args.input_size % patch:
-        raise UserError(f'--input_size {args.input_size} is not a multiple of the patch size of {args.model}')
     width, layers, dim = {8: (128, 2, 48), 14: (1024, 24, 768)}.get(patch, (768, 12, 512))
     torch.manual_seed(0)
     model = clip.CLIP(dim, args.input_size, layers, width, patch, 1, 1, 64, 1, 1)  # what reads text is as small as can be
@@ -245,6 +244,7 @@ def main(options):
         image_files(args)  # what is wrong with --data_path is said now and not after minutes
     with tempfile.TemporaryDirectory() as folder:
         args.clip_path = args.clip_path or random_clip(args, folder)
+        main_pretrain.check(args)
         device = start(args, options.threads)
         result = {'command': shlex.join(['python', *sys.argv]), 'machine': describe_machine(),
                   'versions': describe_versions()}

@@ -146,18 +146,44 @@ def add_classifier_arguments(parser, models, **defaults):
     add_common_arguments(parser, **defaults)
 
 
-def check_classifier(args):
+def check_classifier(args, models):
     """Combinations of flags that cannot work in fine-tuning and linear probing."""
     if args.eval and not (args.resume or args.finetune):
         raise UserError('--eval needs a checkpoint to evaluate: give --resume FILE')
+    check_sizes(args, models)
+    check_checkpoint(args)
+
+
+def check_sizes(args, models):
+    """The number of patches of the flags; UserError where they do not fill the image."""
+    patch_size = models[args.model].keywords['patch_size']
+    if args.input_size % patch_size:
+        raise UserError(f'--input_size {args.input_size} is not a multiple of the patch size {patch_size} of {args.model}')
+    return (args.input_size // patch_size) ** 2
+
+
+def check_checkpoint(args):
+    """UserError where the file to begin with is not there: said before the images are listed, which can take minutes."""
+    flag = 'resume' if args.resume else 'finetune'
+    file = getattr(args, flag, '')
+    if file and file != 'auto' and not os.path.isfile(file):
+        raise UserError(f'--{flag}: checkpoint {file} does not exist, or is no file')
+
+
+def set_learning_rate(args):
+    """args.lr from --blr and the effective batch, if --lr does not give it; both are printed."""
+    batch = args.batch_size * args.accum_iter * args.world_size
+    if args.lr is None:
+        args.lr = absolute_lr(args, args.blr)
+    if not getattr(args, 'eval', False):
+        print(f'effective batch {batch} = {args.batch_size} x accum_iter {args.accum_iter} x {args.world_size}, '
+              f'lr {args.lr:.3g} (blr {args.lr * 256 / batch:.3g})')
+        if args.warmup_epochs >= args.epochs:
+            print(f'Note: the warm-up of {args.warmup_epochs} epochs is longer than the run; the rate stays below {args.lr:.3g}')
 
 
 def setup(args):
     """Device, processes and precision of a run; resolves args.device, amp, lr, num_workers. Returns the torch.device."""
-    flag = 'resume' if args.resume else 'finetune'
-    file = getattr(args, flag, '')
-    if file and file != 'auto' and not os.path.isfile(file):  # said before the images are listed, which can take minutes
-        raise UserError(f'--{flag}: checkpoint {file} does not exist, or is no file')
     choose_device(args)
     misc.init_distributed_mode(args)
     device = torch.device(args.device)
@@ -172,18 +198,11 @@ def setup(args):
     args.pin_mem = args.pin_mem and device.type == 'cuda'
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     args.num_workers = min(args.num_workers, cores)
-    batch = args.batch_size * args.accum_iter * args.world_size
-    if args.lr is None:
-        args.lr = absolute_lr(args, args.blr)
     print(f'{args.world_size} process(es) on {device.type}, {args.amp}{", compiled" if args.compile else ""}, '
           f'{args.num_workers} loader workers each')
-    if not getattr(args, 'eval', False):
-        print(f'effective batch {batch} = {args.batch_size} x accum_iter {args.accum_iter} x {args.world_size}, '
-              f'lr {args.lr:.3g} (blr {args.lr * 256 / batch:.3g})')
-        if args.warmup_epochs >= args.epochs:
-            print(f'Note: the warm-up of {args.warmup_epochs} epochs is longer than the run; the rate stays below {args.lr:.3g}')
-        if not (args.resume or getattr(args, 'finetune', True)):
-            print('No --finetune: the encoder starts from random weights')
+    set_learning_rate(args)
+    if not (args.resume or getattr(args, 'finetune', True)):
+        print('No --finetune: the encoder starts from random weights')
     return device
 
 

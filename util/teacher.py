@@ -91,6 +91,9 @@ def check_teacher(args):
             raise UserError(f'--{flag}: {file} is not in the working directory; put it there or give --teacher_path FILE')
     if args.teacher and args.teacher not in clip.available_models():
         find_timm(args.teacher, args.teacher_path)
+    if args.use_clip and not named and args.clip_path not in clip.available_models() and not os.path.isfile(args.clip_path):
+        raise UserError(f"--clip_path {args.clip_path} is neither a file nor one of CLIP's names: "
+                        f'{", ".join(clip.available_models())}')
     args.use_clip = args.use_clip or bool(named)
 
 
