@@ -103,7 +103,8 @@ def comes_back(job, received):
 
 def get_args_parser():
     parser = Parser('tools/slurm.py', description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, usage='python tools/slurm.py SCRIPT [flags] -- [flags of SCRIPT]')
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage='python tools/slurm.py SCRIPT [flags] -- [flags of SCRIPT]')
     parser.add_argument('script', choices=SCRIPTS, metavar='SCRIPT', help=', '.join(SCRIPTS))
     parser.add_argument('--nodes', default=1, type=bounded(int, 1), help='machines (default: 1)')
     parser.add_argument('--gpus', '--ngpus', default=8, type=bounded(int, 1), metavar='N',
