@@ -195,7 +195,8 @@ def test_too_little_memory_ends_a_script_with_a_line(capsys):
         torch.empty(2**62, dtype=torch.uint8)
     with pytest.raises(SystemExit) as end:
         misc.run(too_much, None)
-    assert end.value.code == 1 and capsys.readouterr().err.startswith('error: there is not enough memory for a step: lower --batch')
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith('error: there is not enough memory for a step: lower --batch_size')
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -5,7 +5,6 @@ import contextlib
 import io
 import re
 
-import pytest
 from conftest import ROOT, pretrain
 
 PAGE = (ROOT / 'docs' / 'walkthrough.md').read_text()
