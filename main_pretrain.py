@@ -44,7 +44,7 @@ def get_args_parser():
     group.add_argument('--clip_path', default=CLIP_PATH, metavar='FILE|NAME', help='the teacher: a CLIP file or a name')
     group.add_argument('--teacher', default='', metavar='NAME', help="a teacher in place of --clip_path's: CLIP's names, "
                        "or a ViT of timm's such as vit_base_patch16_siglip_224; it is shown images for the grid of --model")
-    group.add_argument('--teacher_path', default='', metavar='FILE', help="weights of --teacher; default: those of timm's hub")
+    group.add_argument('--teacher_path', default='', metavar='FILE', help="weights of --teacher; default: timm's hub")
     group.add_argument('--use_clip_dino', action='store_true', help='the teacher is DINO, dino_vitbase16_pretrain.pth')
     group.add_argument('--use_clip_slip', action='store_true', help='the teacher is SLIP, slip_vit_base_16.pth.tar')
     group.add_argument('--teacher_norm', default='imagenet', choices=['imagenet', 'own'],

@@ -64,7 +64,7 @@ class Pictures(torch.utils.data.Dataset):
             raise UserError(f'{self.pairs[i][0]} and its mask {self.pairs[i][1]}: {first_line(e)}') from e
         seed_generators('augment', self.seed, epoch, i)
         image, mask = self.crop(image, tv_tensors.Mask(mask)) if self.train else (self.whole(image), mask)
-        return self.finish(image), mask.as_subclass(torch.Tensor)
+        return self.finish(image), mask.as_subclass(torch.Tensor), i
 
     def read(self, image, mask):
         image = v2.functional.pil_to_tensor(read_image(image))
@@ -98,7 +98,7 @@ def evaluate(model, loader, device, args):
     """(mean over the classes that occur of intersection over union, share of pixels that are right), both in per cent."""
     model.eval()
     counts = torch.zeros(args.nb_classes**2, dtype=torch.int64, device=device)  # of pixels, by truth and prediction
-    for images, masks in misc.MetricLogger().log_every(loader, args.print_freq, 'Evaluation'):
+    for images, masks, _ in misc.MetricLogger().log_every(loader, args.print_freq, 'Evaluation'):
         images, masks = images.to(device), masks.to(device)
         with misc.autocast(device, args.amp):
             logits = model(images)

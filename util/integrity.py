@@ -196,16 +196,17 @@ def check_training_state(checkpoint, optimizer):
     if not (-1 if inside else 0) <= checkpoint['epoch'] < 1e9 or inside and (checkpoint['step'] < 0 or 'sums' not in checkpoint):
         raise ValueError('there is no such epoch or step')
     saved = checkpoint['optimizer']
-    if not all(isinstance(v, dict) for v in (saved, saved['state'], *saved['param_groups'], *saved['state'].values())):
+    groups, state = saved['param_groups'], saved['state']
+    if not all(isinstance(v, dict) for v in (state, *groups)) or not all(isinstance(v, dict) for v in state.values()):
         raise ValueError('it is not the state of an optimiser')
-    for ours, theirs in zip(optimizer.param_groups, saved['param_groups']):
+    for ours, theirs in zip(optimizer.param_groups, groups):
         for name, value in ours.items():
             optional = value is None or isinstance(value, bool)  # of which releases of PyTorch have more or fewer
             if name != 'params' and not (_alike(value, theirs[name]) if name in theirs else optional):
                 raise ValueError(f'its option {name} is missing or out of range')
-    params = dict(zip((i for group in saved['param_groups'] for i in group['params']),
+    params = dict(zip((i for group in groups for i in group['params']),
                       (p for group in optimizer.param_groups for p in group['params'])))
-    for i, kept in saved['state'].items():
+    for i, kept in state.items():
         if i not in params or not _KEPT.get(type(optimizer).__name__, set()) <= kept.keys():
             raise ValueError('the state of a parameter has gaps')
         for name, value in kept.items():

@@ -74,7 +74,7 @@ class Teacher(nn.Module):
 
 
 def check_teacher(args):
-    """UserError where the flags name no teacher or two, or one that is not there; a flag that names one turns args.use_clip on.
+    """UserError where the flags name no teacher or two, or one that is not there; one that is named turns args.use_clip on.
 
     This is said before the images are listed, which can take minutes.
     """
@@ -139,5 +139,5 @@ def _check_clip(args, visual, grid_size):
         raise UserError(f'the teacher {args.clip_path} takes images of {visual.input_resolution} pixels; '
                         f'give --input_size {visual.input_resolution} instead of {args.input_size}, or another teacher')
     if visual.grid_size != grid_size:
-        raise UserError(f'the teacher {args.clip_path} has {visual.grid_size}x{visual.grid_size} patches and {args.model} at '
-                        f'--input_size {args.input_size} has {grid_size}x{grid_size}; take a teacher of the same patch size')
+        raise UserError(f'the teacher {args.clip_path} has {visual.grid_size}x{visual.grid_size} patches and {args.model} '
+                        f'at --input_size {args.input_size} has {grid_size}x{grid_size}; take a teacher of the same patch size')
