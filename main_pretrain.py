@@ -23,14 +23,24 @@ from util.visualize import fixed_images, log_panels
 
 def get_args_parser():
     parser = Parser('main_pretrain.py', description=__doc__)
-    group = parser.add_argument_group('model and method')
+    group = parser.add_argument_group('model')
     group.add_argument('--model', default='mae_vit_large_patch16', choices=MODELS, metavar='NAME', help=', '.join(MODELS))
-    group.add_argument('--input_size', default=224, type=bounded(int, 1, 4096), help='pixels along a side')
-    group.add_argument('--mask_ratio', default=0.75, type=bounded(float, 0, 1, open_high=True), help='share of patches hidden')
-    group.add_argument('--norm_pix_loss', action='store_true', help='normalise the pixels of each target patch')
+    group.add_argument('--input_size', default=224, type=bounded(int, 1, 4096), metavar='PIXELS', help='pixels along a side')
+
+    group = parser.add_argument_group('method (MILAN: all three, MAE: none)')
     group.add_argument('--use_clip', action='store_true', help="predict the teacher's features instead of pixels")
     group.add_argument('--change_decoder', action='store_true', help="the prompting decoder instead of MAE's")
     group.add_argument('--attn_mask', action='store_true', help="semantic aware masking by the teacher's attention")
+
+    group = parser.add_argument_group('target and masking')
+    group.add_argument('--mask_ratio', default=0.75, type=bounded(float, 0, 1, open_high=True), metavar='SHARE',
+                       help='share of patches hidden from the encoder')
+    group.add_argument('--norm_pix_loss', action='store_true',
+                       help='without a teacher: normalise the pixels of each target patch')
+    group.add_argument('--average_targets', default=1, type=bounded(int, 1), metavar='K',
+                       help="target: mean over the teacher's last K blocks")
+
+    group = parser.add_argument_group('teacher')
     group.add_argument('--clip_path', default=CLIP_PATH, metavar='FILE|NAME', help='the teacher: a CLIP file or a name')
     group.add_argument('--teacher', default='', metavar='NAME', help="a teacher in place of --clip_path's: CLIP's names, "
                        "or a ViT of timm's such as vit_base_patch16_siglip_224; it is shown images for the grid of --model")
@@ -39,13 +49,12 @@ def get_args_parser():
     group.add_argument('--use_clip_slip', action='store_true', help='the teacher is SLIP, slip_vit_base_16.pth.tar')
     group.add_argument('--teacher_norm', default='imagenet', choices=['imagenet', 'own'],
                        help="mean and deviation of the teacher's input: the student's, as published, or its own")
-    group.add_argument('--average_targets', default=1, type=bounded(int, 1), metavar='K',
-                       help="target: mean over the teacher's last K blocks")
-    add_common_arguments(parser, epochs=400, warmup_epochs=40)
+
     group = parser.add_argument_group('pictures')
     group.add_argument('--vis_every', default=0, type=bounded(int, 0), metavar='N',
                        help='masks, features and predictions of a few images to TensorBoard after every N-th epoch and the '
                             'last; 0: none')
+    add_common_arguments(parser, epochs=400, warmup_epochs=40)
     return parser
 
 

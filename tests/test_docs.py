@@ -7,14 +7,21 @@ import re
 from functools import partial
 
 import pytest
+import test_readme
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, pretrain
+from PIL import Image
 
-from models_milan import MaskedAutoencoderViT
+import clip
+from models_milan import MaskedAutoencoderViT, mae_vit_tiny_patch8
 
 PAGES = sorted([*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')])
 CODE = [path for pattern in ('*.py', 'util/*.py', 'clip/*.py', 'tools/*.py', 'tools/demo/*.py') for path in ROOT.glob(pattern)]
+
+
+def page_blocks(name, language):
+    return re.findall(rf'```{language}\n(.*?)```', (ROOT / 'docs' / name).read_text(), re.DOTALL)
 
 
 # ---- layout.md ----
@@ -41,10 +48,16 @@ def imported(path):
     return {file for file in files if (ROOT / file).exists()} | {f'{name}/' for name in names if (ROOT / name).is_dir()}
 
 
-@pytest.mark.parametrize('file', [name for name in layout.BOXES if name.endswith('.py')])
-def test_the_pictures_arrows_are_the_imports(file):
-    upper = {name for name, box in layout.BOXES.items() if box[1] > 1}
-    assert set(layout.ARROWS.get(file, [])) == imported(ROOT / file) & upper
+def test_the_pictures_arrows_are_the_imports():
+    upper = {name: {name, *re.findall(r'util/\w+\.py', ' '.join(box[4]))} for name, box in layout.BOXES.items() if box[1] > 1}
+    for name in upper.keys() - {'tools/', 'clip/'}:
+        files = set().union(*(imported(ROOT / file) for file in upper[name]))
+        assert {box for box in upper if upper[box] & files} - {name} == set(layout.ARROWS.get(name, [])), name
+
+
+def test_the_picture_is_the_scripts():
+    with Image.open(ROOT / 'docs' / 'layout.png') as image:
+        assert image.info['Description'] == repr((layout.BOXES, layout.ARROWS)), 'run python docs/layout.py'
 
 
 def test_the_picture_has_every_file():
@@ -66,7 +79,7 @@ def test_the_page_has_every_file():
 
 
 def test_the_pages_examples_of_a_fork_work():
-    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'layout.md').read_text(), re.DOTALL)
+    blocks = page_blocks('layout.md', 'python')
     names = {'partial': partial, 'MaskedAutoencoderViT': MaskedAutoencoderViT, 'math': math, 'F': F}
     for block in blocks:
         exec(block, names)
@@ -76,6 +89,33 @@ def test_the_pages_examples_of_a_fork_work():
     assert (order.sort(dim=1).values == torch.arange(196)).all()
     side = torch.zeros(2, 196).scatter(1, order[:, :49], 1.0).view(2, 14, 14)
     assert side.diff(dim=2).abs().mean() < 0.25  # of 49 visible patches drawn uniformly, 0.38 of all neighbours differ
+
+
+# ---- recipes.md ----
+
+def test_the_blind_loss_is_the_least_of_a_constant_prediction(tiny_clip):
+    names = {'F': F}
+    exec(page_blocks('recipes.md', 'python')[0], names)
+    model = mae_vit_tiny_patch8(use_clip=True, target_dim=48)
+    with torch.no_grad():
+        tokens, _ = clip.load(str(tiny_clip), 'cpu')[0].encode_tokens(torch.randn(3, 3, 64, 64))
+    order = torch.arange(64).expand(3, -1)
+
+    def loss(constant):
+        return model.forward_loss(None, constant.expand(3, 65, -1), tokens, order, 16)
+
+    best = F.normalize(tokens, dim=-1).mean(dim=(0, 1))
+    torch.testing.assert_close(names['blind_loss'](tokens), loss(best))
+    assert all(loss(best + 0.1 * torch.randn(48)) > loss(best) for _ in range(20))
+
+
+def test_pretraining_further_starts_from_the_weights_alone(pretrained, small_images, tmp_path):
+    """The page's command makes a file without optimiser and epoch, which --resume takes for a start."""
+    code = re.search(r'python -c "(.*)"', (ROOT / 'docs' / 'recipes.md').read_text())[1]
+    exec(code.replace('FILE', str(pretrained)).replace('start.pth', str(tmp_path / 'start.pth')), {})
+    result = pretrain('--model', 'mae_vit_tiny_patch8', '--input_size', 64, '--batch_size', 8, '--data_path', small_images,
+                      '--epochs', 1, '--num_workers', 0, '--output_dir', '', '--log_dir', '', '--resume', tmp_path / 'start.pth')
+    assert result.returncode == 0 and 'no optimiser state' in result.stdout and 'Epoch [0]' in result.stdout, result.stderr
 
 
 # ---- links ----
@@ -107,10 +147,30 @@ def message_patterns():
 
 
 def test_quoted_messages_are_those_of_the_code():
-    page = (ROOT / 'docs' / 'troubleshooting.md').read_text()
-    blocks = re.findall(r'```text\n(.*?)```', page, re.DOTALL)
-    quotes = [' '.join(quote.split()) for block in blocks for quote in block.split('\n\n')]
+    quotes = [' '.join(quote.split()) for block in page_blocks('troubleshooting.md', 'text') for quote in block.split('\n\n')]
     patterns = list(message_patterns())
     assert len(quotes) > 40
     for quote in quotes:
         assert any(pattern.fullmatch(quote) for pattern in patterns), quote
+
+
+# ---- flags ----
+
+def test_flags_in_the_pages_exist():
+    known = set().union(*map(test_readme.flags, test_readme.SCRIPTS + test_readme.TOOLS))
+    known |= {'--nproc_per_node', '--standalone', '--use_env', '--master_port', '--logdir', '--ipc', '--shm-size'}  # others' own
+    for path in PAGES:
+        page = re.sub(r'\]\([^)]*\)', '', path.read_text())
+        assert set(re.findall(r'(?<![\w-])--[a-z][\w-]+', page)) <= known, path.name
+
+
+@pytest.mark.parametrize('module', [*test_readme.SCRIPTS, *test_readme.TOOLS], ids=lambda module: module.__name__)
+def test_help_tells_of_every_flag(module):
+    parser = module.get_args_parser()
+    for action in parser._actions:
+        assert action.help, action.dest
+        assert action.nargs == 0 or action.choices or action.metavar, f'{action.dest}: argparse would repeat its name'
+    if module in test_readme.SCRIPTS:
+        options = next(group for group in parser._action_groups if group.title == 'options')
+        assert [action.dest for action in options._group_actions] == ['help'], 'not in a group'
+    assert parser.format_help()

@@ -196,7 +196,7 @@ def test_too_little_memory_ends_a_script_with_a_line(capsys):
     with pytest.raises(SystemExit) as end:
         misc.run(too_much, None)
     assert end.value.code == 1
-    assert capsys.readouterr().err.startswith('error: there is not enough memory for a step: lower --batch')
+    assert capsys.readouterr().err.startswith('error: there is not enough memory for a step: lower --batch_size')
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

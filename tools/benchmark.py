@@ -190,14 +190,15 @@ MILAN = ['--use_clip', '--change_decoder', '--attn_mask']
 
 def get_args_parser():
     gpu = torch.cuda.is_available()
-    parser = Parser('tools/benchmark.py', description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=['step', 'data', 'train', 'all'])
-    parser.add_argument('--rounds', type=bounded(int, 1), default=5)
-    parser.add_argument('--steps', type=bounded(int, 1), default=10 if gpu else 2, help='training steps of a round of step')
-    parser.add_argument('--images', type=bounded(int, 1), default=512, help='images a core in a round of data')
-    parser.add_argument('--seconds', type=bounded(float, 0), default=60, help='how long train runs after its first log line')
-    parser.add_argument('--threads', type=bounded(int, 1), default=torch.get_num_threads(), help="PyTorch's threads")
+    parser = Parser('tools/benchmark.py', description=__doc__, allow_abbrev=False)
+    parser.add_argument('what', choices=['step', 'data', 'train', 'all'], help='what to measure, see above')
+    parser.add_argument('--rounds', type=bounded(int, 1), default=5, metavar='N', help='measurements, of which the median counts')
+    parser.add_argument('--steps', type=bounded(int, 1), default=10 if gpu else 2, metavar='N',
+                        help='training steps of a round of step')
+    parser.add_argument('--images', type=bounded(int, 1), default=512, metavar='N', help='images a core in a round of data')
+    parser.add_argument('--seconds', type=bounded(float, 0), default=60, metavar='S',
+                        help='how long train runs after its first log line')
+    parser.add_argument('--threads', type=bounded(int, 1), default=torch.get_num_threads(), metavar='N', help="PyTorch's threads")
     parser.add_argument('--json', metavar='FILE', help='write all figures, machine, versions and command')
     return parser
 
