@@ -1,6 +1,7 @@
 """The memory of a run's processes, training and loading, over 2,000 steps: flat within 2 % after the first 200.
 
-A case is a run; what is looked at is each process's private memory, as the operating system counts it.
+A case is a run; what is looked at is the resident memory of each process that no file stands behind. (Private memory would grow
+without anything being allocated: a loader worker and its parent share pages until one of them writes into one.)
 """
 
 import os
@@ -15,10 +16,10 @@ STEPS, FLAT_FROM, WITHIN = 2000, 200, 0.02
 
 
 def memory(pid):
-    """Bytes of a process that it shares with no other; 0 when it has gone."""
+    """Bytes of memory that a process has allocated and uses; 0 when it has gone."""
     try:
-        return 1024 * sum(int(kb) for kb in re.findall(r'Private_\w+:\s+(\d+) kB', Path(f'/proc/{pid}/smaps_rollup').read_text()))
-    except (OSError, ValueError):
+        return 1024 * int(re.search(r'Anonymous:\s+(\d+) kB', Path(f'/proc/{pid}/smaps_rollup').read_text())[1])
+    except (OSError, TypeError):
         return 0
 
 
