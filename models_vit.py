@@ -28,6 +28,7 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
     """
 
     encoder_frozen = False
+    head_pools = False
 
     def __init__(self, global_pool=False, global_pool_wcls=False, img_size=224, patch_size=16,
                  norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs):
@@ -41,9 +42,12 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         """All tokens [N, L+1, D] -> what is classified [N, D]."""
         return x.mean(dim=1) if self.global_pool_wcls else super().pool(x, pool_type)
 
-    def freeze_encoder(self):
-        """From now on only ``head`` learns: all else gets no gradient and stays in eval mode, whatever train() says."""
-        self.encoder_frozen = True
+    def freeze_encoder(self, head_pools=False):
+        """From now on only ``head`` learns: all else gets no gradient and stays in eval mode, whatever train() says.
+
+        head_pools: it is given the patch tokens after ``norm`` [N, L, D] in place of what the model makes of them [N, D].
+        """
+        self.encoder_frozen, self.head_pools = True, head_pools
         for name, p in self.named_parameters():
             p.requires_grad = name.startswith('head.')
         return self.train(self.training)
@@ -58,7 +62,8 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
     def forward(self, x):
         """Images [N, 3, H, W], normalised -> logits [N, num_classes]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
-            x = self.forward_head(self.forward_features(x), pre_logits=True)
+            x = self.forward_features(x)
+            x = x[:, self.num_prefix_tokens:] if self.head_pools else self.forward_head(x, pre_logits=True)
         return self.head(x)
 
 

@@ -71,7 +71,7 @@ def find(name_or_path, download_root=None):
             print(f'CLIP {name_or_path} from the working directory: {local}')
             return local
     root = download_root or os.path.expanduser('~/.cache/clip')
-    return download(_URL.format(sha256=sha256, file=file), os.path.join(root, file), sha256)
+    return download(_URL.format(sha256=sha256, file=file), os.path.join(root, file), sha256, limit=1 << 30)
 
 
 def read_state_dict(path):

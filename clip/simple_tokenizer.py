@@ -4,12 +4,14 @@ import gzip
 import html
 import importlib.util
 import os
+import zlib
 from functools import lru_cache
 
 import ftfy
 import regex
 
 from util.download import download
+from util.errors import first_line
 
 VOCAB_FILE = 'bpe_simple_vocab_16e6.txt.gz'
 VOCAB_URL = f'https://raw.githubusercontent.com/openai/CLIP/main/clip/{VOCAB_FILE}'
@@ -28,7 +30,7 @@ def vocab_path():
         path = os.path.join(package.submodule_search_locations[0], VOCAB_FILE)
         if os.path.isfile(path):
             return path
-    return download(VOCAB_URL, os.path.join(os.path.expanduser('~/.cache/clip'), VOCAB_FILE), VOCAB_SHA256)
+    return download(VOCAB_URL, os.path.join(os.path.expanduser('~/.cache/clip'), VOCAB_FILE), VOCAB_SHA256, limit=1 << 22)
 
 
 def bytes_to_unicode():
@@ -41,13 +43,23 @@ def bytes_to_unicode():
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
 
 
+def _read_merges(path):
+    try:
+        with gzip.open(path) as f:
+            lines = f.read(1 << 23).decode().split('\n')[1:NUM_MERGES + 1]  # the first line is a version note
+        merges = [tuple(line.split()) for line in lines]
+    except (OSError, EOFError, zlib.error, ValueError) as e:
+        raise ValueError(f'{path} cannot be read as the vocabulary of CLIP: {first_line(e)}') from e
+    if len(merges) != NUM_MERGES or any(len(pair) != 2 for pair in merges):
+        raise ValueError(f'{path} is not the vocabulary of CLIP: {NUM_MERGES} pairs of tokens should be in it')
+    return merges
+
+
 class SimpleTokenizer:
-    """encode(text) -> token ids without start and end; decode(ids) -> text."""
+    """encode(text) -> token ids without start and end; decode(ids) -> text. ValueError for a file that is no vocabulary."""
 
     def __init__(self, bpe_path=None):
-        with gzip.open(bpe_path or vocab_path(), 'rt', encoding='utf-8') as f:
-            lines = f.read().split('\n')[1:NUM_MERGES + 1]  # the first line is a version note
-        merges = [tuple(line.split()) for line in lines]
+        merges = _read_merges(bpe_path or vocab_path())
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {c: b for b, c in self.byte_encoder.items()}
         characters = list(self.byte_encoder.values())

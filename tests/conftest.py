@@ -63,7 +63,7 @@ def script(name):
     def start(*flags, launcher=None, **kwargs):
         if launcher or kwargs:
             return run(*(launcher or (sys.executable,)), ROOT / f'{name}.py', *flags, **kwargs)
-        module = importlib.import_module(name)
+        module = importlib.import_module(name.replace('/', '.'))
         out, err, code, builtin_print = io.StringIO(), io.StringIO(), 0, builtins.print
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

@@ -28,6 +28,7 @@ from timm.optim import param_groups_weight_decay
 import clip
 import models_milan
 import models_vit
+from main_pretrain import get_args_parser
 from tools import export
 from util import misc
 from util.checkpoint import load_pretrained, save_on_master
@@ -188,9 +189,10 @@ class Stress:
         return {name: v.clone() for name, v in self.classifier.state_dict().items() if not name.startswith('head')}
 
     def teacher(self, path):
-        args = Namespace(clip_path=str(path), input_size=16, teacher_norm='imagenet', average_targets=1, amp='fp32',
-                         compile=False)
-        return build_teacher(args, 'cpu').visual.state_dict()
+        args = get_args_parser().parse_args(['--clip_path', str(path), '--input_size', '16', '--amp', 'fp32'])
+        args.compile = False
+        with contextlib.redirect_stdout(io.StringIO()):
+            return build_teacher(args, 2, 'cpu').visual.state_dict()
 
     # ---- the changes: each gives (what it is, the bytes of the file) ----
 

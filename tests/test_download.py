@@ -1,7 +1,10 @@
 """Downloads from a real HTTP server on the loopback, one that breaks connections."""
 
+import contextlib
 import hashlib
 import http.server
+import os
+import tempfile
 import threading
 
 import pytest
@@ -19,6 +22,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, ranges=True):
         super().__init__(('127.0.0.1', 0), Handler)
         self.ranges, self.cuts, self.requests, self.content = ranges, [], [], CONTENT
+        self.location = self.length = self.part = ''
 
     def url(self, path='file.bin'):
         return f'http://127.0.0.1:{self.server_port}/{path}'
@@ -30,6 +34,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.requests.append((self.path, self.headers.get('Range')))
         if self.path.startswith('/missing'):
             return self.send_error(404)
+        if self.path.startswith('/elsewhere'):
+            self.send_response(302)
+            self.send_header('Location', server.location)
+            return self.end_headers()
+        if self.path.startswith('/endless'):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(100_000))
         if server.ranges and self.headers.get('Range'):
             start = int(self.headers['Range'].removeprefix('bytes=').rstrip('-'))
         if start >= len(server.content):
@@ -38,7 +52,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.end_headers()
         self.send_response(206 if server.ranges else 200)
         body = server.content[start:]
-        self.send_header('Content-Length', str(len(body)))
+        self.send_header('Content-Length', server.length or str(len(body)))
+        if server.part:
+            self.send_header('Content-Range', server.part)
         self.end_headers()
         self.wfile.write(body[:server.cuts.pop(0)] if server.cuts else body)
 
@@ -116,6 +132,79 @@ def test_missing_is_final(server, tmp_path):
 def test_no_server(tmp_path):
     with pytest.raises(OSError, match='failed'):
         download('http://127.0.0.1:9/file', str(tmp_path / 'file'), attempts=2, pause=0.01)
+
+
+UNENCRYPTED = ['http://192.0.2.1/x', 'http://localhost.example/x', 'http://127.0.0.1@192.0.2.1/x', 'ftp://127.0.0.1/x',
+               'file:///etc/hostname', 'data:,x']
+
+
+@pytest.mark.parametrize('url', [*UNENCRYPTED, 'http:///x', '/etc/hostname', ''])
+def test_nothing_comes_unencrypted_from_other_machines(url, tmp_path):
+    with pytest.raises(OSError, match='is not https'):
+        download(url, str(tmp_path / 'file'))
+
+
+@pytest.mark.parametrize('url', UNENCRYPTED)
+def test_no_server_sends_us_to_what_is_unencrypted(url, server, tmp_path):
+    server.location = url
+    with pytest.raises(OSError, match='is not https|is not allowed'):
+        download(server.url('elsewhere'), str(tmp_path / 'file'))
+    assert len(server.requests) == 1 and not (tmp_path / 'file').exists()
+
+
+def test_a_redirect(server, tmp_path):
+    server.location = server.url('file.bin')
+    download(server.url('elsewhere'), str(tmp_path / 'file'), SHA256)
+    assert (tmp_path / 'file').read_bytes() == CONTENT
+
+
+def test_more_than_expected(server, tmp_path):
+    """Told by the length that is announced, and else when it has come."""
+    for name in ('file.bin', 'endless'):
+        with pytest.raises(OSError, match='larger than 2,000,000 bytes'):
+            download(server.url(name), str(tmp_path / name), limit=2_000_000)
+        assert [p.name for p in tmp_path.iterdir() if not p.name.endswith('.lock')] == []
+    assert len(server.requests) == 2
+    download(server.url(), str(tmp_path / 'file.bin'), SHA256, limit=len(CONTENT))
+
+
+@pytest.mark.parametrize('length', ['-5', 'many', '5, 5'])
+def test_a_length_that_is_none(length, server, tmp_path):
+    server.length = length
+    download(server.url(), str(tmp_path / 'file.bin'), SHA256)
+    assert (tmp_path / 'file.bin').read_bytes() == CONTENT
+
+
+def test_another_part_than_was_asked_for(tmp_path):
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
+        (tmp_path / 'file.bin.part').write_bytes(CONTENT[:1000])
+        server.part = f'bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}'
+        download(server.url(), str(tmp_path / 'file.bin'), SHA256, pause=0.01)
+        assert (tmp_path / 'file.bin').read_bytes() == CONTENT
+        assert [r for _, r in server.requests] == ['bytes=1000-', 'bytes=0-']
+        server.shutdown()
+
+
+@pytest.mark.skipif(not hasattr(os, 'seteuid'), reason='no such users here')
+def test_a_whole_file_in_a_folder_that_cannot_be_written_to(server):
+    """As somebody other than root, whom no permissions stop."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'file.bin')
+        download(server.url(), path, SHA256)
+        os.remove(f'{path}.lock')
+        os.chmod(folder, 0o555)
+        me = os.geteuid()
+        if me == 0:
+            os.seteuid(65534)
+        try:
+            assert download(server.url(), path, SHA256) == path
+            with pytest.raises(PermissionError):
+                download(server.url(), f'{path}.other', SHA256)
+        finally:
+            os.seteuid(me)
+            os.chmod(folder, 0o755)
+    assert len(server.requests) == 1
 
 
 def test_clip_by_name(server, tmp_path, monkeypatch, tiny_clip):

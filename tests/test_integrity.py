@@ -149,17 +149,22 @@ def tensor_file(numel, size, stride, offset=0, content=bytes(40)):
     return mutations.zipped([('archive/data.pkl', pickled), ('archive/data/0', content), ('archive/version', b'3\n')])
 
 
-@pytest.mark.parametrize('numel, size, stride, offset', [
-    (10**15, [10], [1], 0), (20, [20], [1], 0), (5, [10], [1], 0), (-10, [10], [1], 0), (10, [20], [1], 0),
-    (10, [10], [1], 5), (10, [10], [1], -1), (10, [2**40, 2**40], [1, 1], 0), (10, [5], [-1], 9)],
+RECORD = 'the record 0 of a tensor is not as large as it should be'
+
+
+@pytest.mark.parametrize('numel, size, stride, offset, message', [
+    (10**15, [10], [1], 0, RECORD), (20, [20], [1], 0, RECORD), (5, [10], [1], 0, RECORD),
+    (-10, [10], [1], 0, 'it names bytes in a way that PyTorch does not'), (10, [20], [1], 0, 'resize'),
+    (10, [10], [1], 5, 'resize'), (10, [10], [1], -1, 'offset'), (10, [2**40, 2**40], [1, 1], 0, 'overflow'),
+    (10, [5], [-1], 9, 'overflow')],
     ids=['10**15 numbers', 'more than the record', 'fewer', 'less than none', 'a longer tensor', 'beyond the end',
          'before the beginning', 'overflow', 'backwards'])
-def test_sizes_that_do_not_fit(numel, size, stride, offset, tmp_path):
+def test_sizes_that_do_not_fit(numel, size, stride, offset, message, tmp_path):
     path = tmp_path / 'file.pth'
     path.write_bytes(tensor_file(10, [10], [1]))
     assert load(path)['model']['a'].shape == (10,)  # the file is right but for what is changed
     path.write_bytes(tensor_file(numel, size, stride, offset))
-    refused(path, 'damaged or not a checkpoint')
+    refused(path, 'damaged or not a checkpoint', message)
 
 
 def test_a_zip_bomb(tmp_path):
@@ -224,6 +229,51 @@ def test_a_safetensors_header_without_end(tmp_path):
         f.write((1 << 25).to_bytes(8, 'little') + b'{"a":' * 100)
         f.truncate(1 << 26)
     refused(tmp_path / 'x.safetensors', 'its header is longer than')
+
+
+# ---- the state of a run ----
+
+def resumable():
+    """(checkpoint, optimiser like the one it is of)."""
+    parameter = torch.nn.Parameter(torch.zeros(3, 4))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    parameter.grad = torch.ones(3, 4)
+    optimizer.step()
+    scaler = {'scale': 65536.0, 'growth_factor': 2.0, 'backoff_factor': 0.5, 'growth_interval': 2000, '_growth_tracker': 0}
+    whole = {'epoch': 3, 'optimizer': optimizer.state_dict(), 'scaler': scaler, 'max_accuracy': 50.0}
+    return whole, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3, 4))], fused=True)
+
+
+@pytest.mark.parametrize('place, name, value', [
+    ([], 'epoch', 'three'), ([], 'epoch', -1), ([], 'epoch', 3.5), ([], 'epoch', 2**63), ([], 'max_accuracy', None),
+    ([], 'optimizer', []), (['scaler'], 'scale', 'x'), (['optimizer'], 'state', [1]), (['optimizer'], 'param_groups', [1]),
+    (['optimizer', 'param_groups', 0], 'betas', 0.9), (['optimizer', 'param_groups', 0], 'betas', (0.9, 'x')),
+    (['optimizer', 'param_groups', 0], 'eps', float('nan')), (['optimizer', 'param_groups', 0], 'weight_decay', 10**400),
+    (['optimizer', 'state'], 7, {}), (['optimizer', 'state'], 0, {}), (['optimizer', 'state', 0], 'exp_avg', 'x'),
+    (['optimizer', 'state', 0], 'exp_avg', torch.zeros(4, 3)), (['optimizer', 'state', 0], 'step', [1]),
+    (['optimizer', 'state', 0], 'exp_avg', torch.zeros(()).expand(3, 4)),
+    (['optimizer', 'state', 0], 'exp_avg', torch.zeros(3, 4).int())])
+def test_a_state_that_a_run_would_stumble_over(place, name, value):
+    checkpoint, optimizer = resumable()
+    integrity.check_training_state(checkpoint, optimizer)
+    inside = checkpoint
+    for part in place:
+        inside = inside[part]
+    inside[name] = value
+    with pytest.raises((ValueError, TypeError)):
+        integrity.check_training_state(checkpoint, optimizer)
+
+
+def test_states_of_other_releases():
+    """PyTorch has had more and fewer switches; an option with a number in it has to be there."""
+    checkpoint, optimizer = resumable()
+    group = checkpoint['optimizer']['param_groups'][0]
+    del group['fused']
+    group['a_switch'] = True
+    integrity.check_training_state(checkpoint, optimizer)
+    del group['weight_decay']
+    with pytest.raises(ValueError, match='weight_decay is missing'):
+        integrity.check_training_state(checkpoint, optimizer)
 
 
 # ---- what is said of it ----

@@ -9,12 +9,12 @@ import main_linprobe
 import main_pretrain
 import models_milan
 import models_vit
-from tools import benchmark, download, export, prepare_imagenet, visualize
+from tools import benchmark, download, export, knn, prepare_imagenet, segment, visualize
 
 README = (ROOT / 'README.md').read_text()
 FLAGS = (ROOT / 'docs' / 'flags.md').read_text()
 SCRIPTS = main_pretrain, main_finetune, main_linprobe
-TOOLS = benchmark, download, export, prepare_imagenet, visualize
+TOOLS = benchmark, download, export, knn, prepare_imagenet, segment, visualize
 
 
 def flags(module):
@@ -36,8 +36,3 @@ def test_every_flag_of_the_commands_exists():
 def test_every_model_is_named():
     for name in (*models_milan.MODELS, *models_vit.MODELS):
         assert name.removeprefix('mae_').removeprefix('vit_').split('_dec')[0] in FLAGS
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r'\]\((?!https?://|#)([^)]+)\)', README):
-        assert (ROOT / target).exists(), target

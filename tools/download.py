@@ -112,8 +112,10 @@ def fetch(name, folder=None):
             check(name, path)
         elif 'url' in file:
             path = os.path.join(folder or '.', os.path.basename(file['url']))
+            # With them, at most, an optimiser's two moments and a running mean: four float32 a parameter.
+            limit = 20 * sum(value.numel() for value in file['tensors']().values())
             # OpenMMLab ends the names of its files with the first 8 hex digits of their SHA-256.
-            download(file['url'], path, sha256=path.removesuffix('.pth')[-8:])
+            download(file['url'], path, sha256=path.removesuffix('.pth')[-8:], limit=limit)
             check_or_delete(name, path)
         else:
             path = os.path.join(folder or '.', f'{name}.pth')

@@ -31,6 +31,7 @@ WNID = re.compile(r'n[0-9]{8}')
 IMAGE = re.compile(r'[\w.-]+\.(?i:jpe?g)')
 VAL_IMAGE = re.compile(r'ILSVRC2012_val_([0-9]{8})\.(?i:jpe?g)')
 LABEL_LINE = re.compile(rf'(?:{VAL_IMAGE.pattern}\s+)?({WNID.pattern}|(?<=\s)[0-9]{{1,9}})')
+LARGEST_LIST = 1 << 22  # bytes of any list of labels; 50,000 lines of the longest kind are 2 MB
 DEVKIT_FILES = 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt'
 
 
@@ -39,6 +40,8 @@ DEVKIT_FILES = 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt'
 @contextlib.contextmanager
 def archive(name, fileobj=None, mode='r:'):
     """The tar file at the path ``name``, or in ``fileobj``, as a TarFile. UserError for what goes wrong in reading it."""
+    if fileobj is None and os.path.exists(name) and not os.path.isfile(name):
+        raise UserError(f'{name} is no file; give the path of the official archive')
     try:
         with tarfile.open(name, mode, fileobj=fileobj) as tar:
             yield tar
@@ -168,6 +171,8 @@ def read_list(path, classes):
 
     An INDEX is the place in the sorted ``classes``, counted from 0. UserError for a line that is nothing of this.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) and os.path.getsize(path) <= LARGEST_LIST):
+        raise UserError(f'--val_labels {path} is no file, or larger than {LARGEST_LIST:,} bytes; give the list of labels')
     try:
         with open(path, encoding='utf-8-sig') as f:
             lines = f.read().rstrip().split('\n')
@@ -197,6 +202,8 @@ def read_devkit(path):
         members = {os.path.basename(member.name): member for member in tar if member.isfile()}
         if missing := [file for file in DEVKIT_FILES if file not in members]:
             raise UserError(f'--devkit {path} has no {missing[0]} in it; give ILSVRC2012_devkit_t12.tar.gz')
+        if large := [file for file in DEVKIT_FILES if members[file].size > LARGEST_LIST]:
+            raise UserError(f'--devkit {path}: {large[0]} in it has more than {LARGEST_LIST:,} bytes; fetch it again')
         meta, truth = (tar.extractfile(members[file]).read() for file in DEVKIT_FILES)
     try:
         from scipy.io import loadmat  # needed by nothing else here

@@ -142,7 +142,9 @@ def read_weights(path):
     """(what the file holds, its state dict under our names); formats: see util/formats.py. Raises UserError."""
     checkpoint = load(path)
     with as_user_error(f'checkpoint {path}', ValueError):
-        return checkpoint, formats.to_ours(checkpoint)
+        state_dict = formats.to_ours(checkpoint)
+        integrity.check_claims(state_dict)
+        return checkpoint, state_dict
 
 
 def load_pretrained(args, model, whole_encoder=False):
@@ -157,8 +159,6 @@ def load_pretrained(args, model, whole_encoder=False):
     """
     where = f'--finetune {args.finetune}'
     _, state_dict = read_weights(args.finetune)
-    with as_user_error(where, ValueError):
-        integrity.check_claims(state_dict)
     with as_user_error(f'{where} has a pos_embed that cannot be resized', RuntimeError, IndexError, TypeError, ValueError):
         interpolate_pos_embed(model, state_dict)
     ours = model.state_dict()
@@ -166,8 +166,8 @@ def load_pretrained(args, model, whole_encoder=False):
     matched = [k for k in ours if k in state_dict and k not in other_head]
     missing = [k for k in ours if k not in matched]
     for name in matched:
-        if misfit := _misfit(ours[name], state_dict[name]):
-            raise UserError(f'{where} does not fit --model {args.model}: {name} is {misfit}; '
+        if unlike := misfit(ours[name], state_dict[name]):
+            raise UserError(f'{where} does not fit --model {args.model}: {name} is {unlike}; '
                             'name the model it was made with')
     if not any(name.startswith(('blocks', 'patch_embed')) for name in matched):
         raise UserError(f'{where}: nothing of the encoder is in it; its names are {", ".join(list(state_dict)[:3])}, ...')
@@ -259,7 +259,7 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler):
     return checkpoint
 
 
-def _misfit(ours, theirs):
+def misfit(ours, theirs):
     """'[3, 192] in it and [4, 192] here' if one tensor cannot be copied into the other, else ''. Rounding is no misfit."""
     if ours.shape != theirs.shape:
         return f'{list(theirs.shape)} in it and {list(ours.shape)} here'
@@ -273,8 +273,8 @@ def _difference(ours, theirs):
     for name, value in ours.items():
         if name not in theirs:
             return f'{name} is missing in it'
-        if misfit := _misfit(value, theirs[name]):
-            return f'{name} is {misfit}'
+        if unlike := misfit(value, theirs[name]):
+            return f'{name} is {unlike}'
     extra = [name for name in theirs if name not in ours]
     return f'it has {extra[0]}, which this model has not' if extra else ''
 

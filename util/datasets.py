@@ -1,12 +1,15 @@
 """Data sets and transforms: images from folders or from whatever timm reads, augmented as a function of (seed, epoch, sample)."""
 
 import functools
+import glob
 import os
 
+import timm
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.readers import reader_image_in_tar
 from torchvision import transforms
 
 from util.crop import RandomResizedCrop, single_crop_box
@@ -157,11 +160,24 @@ def _open_folder(is_train, args):
     return folder
 
 
+def check_data_flags(args):
+    """UserError where --data_path or --dataset cannot be meant; whether the data is there is for the machine that reads it."""
+    if not args.dataset:
+        if not args.data_path:
+            raise UserError('--data_path is missing: give the folder that holds train/ and val/, a folder a class in each')
+        return
+    kind = args.dataset.partition('/')[0].lower()
+    named, plain = ('torch', 'hfds', 'hfids', 'tfds', 'wds'), ('tar', 'folder')
+    if kind not in (named if '/' in args.dataset else plain):
+        raise UserError(f'--dataset {args.dataset}: take tar, folder, torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME')
+    if not args.data_path and kind in ('torch', 'wds', *plain):
+        raise UserError(f'--data_path is missing: give the place of --dataset {args.dataset}')
+
+
 def image_folder(args, split):
     """args.data_path/split, after checking that it is there."""
-    if not args.data_path:
-        raise UserError('--data_path is missing: give the folder that holds train/ and val/, a folder a class in each')
-    if not os.path.isdir(args.data_path):
+    check_data_flags(args)
+    if not os.path.isdir(args.data_path or ''):
         raise UserError(f'--data_path {args.data_path} is not a folder; it should hold train/ and val/, a folder a class in each')
     root = os.path.join(args.data_path, split)
     if not os.path.isdir(root):
@@ -173,14 +189,23 @@ def _split(is_train, args):
     return args.train_split if is_train else args.val_split
 
 
+def _refuse_pickled_list(data_path):
+    """UserError if beside the tar files there is a list of their images that timm would read, and run what is in it."""
+    folder = data_path if os.path.isdir(data_path) else os.path.dirname(data_path)
+    found = glob.glob(os.path.join(glob.escape(folder), f'*{reader_image_in_tar.CACHE_FILENAME_SUFFIX}'))
+    if found:
+        raise UserError(f'{found[0]} could run code, which timm {timm.__version__} would not prevent; delete it, or '
+                        'pip install -U timm')
+
+
 def _open_timm(is_train, args):
     """timm's data set of the name in args.dataset; see timm.data.create_dataset for the names."""
+    check_data_flags(args)
     kind = args.dataset.partition('/')[0].lower()
-    named, plain = ('torch', 'hfds', 'hfids', 'tfds', 'wds'), ('tar', 'folder')
-    if kind not in (named if '/' in args.dataset else plain):
-        raise UserError(f'--dataset {args.dataset}: take tar, folder, torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME')
-    if not args.data_path and kind in ('torch', 'wds', *plain):
-        raise UserError(f'--data_path is missing: give the place of --dataset {args.dataset}')
+    if kind == 'wds' and not os.path.isdir(args.data_path):  # WebDataset would hand a URL to a shell
+        raise UserError(f'--data_path {args.data_path} is no folder; copy the shards of --dataset {args.dataset} into one')
+    if kind == 'tar' and not hasattr(reader_image_in_tar, '_TarInfoUnpickler'):
+        _refuse_pickled_list(args.data_path)
     try:
         source = create_dataset(args.dataset, root=args.data_path, split=_split(is_train, args), is_training=is_train,
                                 batch_size=args.batch_size, seed=seed_of('order', args.seed) % 2**31)

@@ -20,6 +20,7 @@ import torch
 
 SEAL = '.sha256'  # the name of our record, and of our entry in the metadata of .safetensors
 CHUNK = 1 << 22
+LARGE = 1 << 33  # bytes of tensors that any machine here has room for
 LONGEST_HEADER = 1 << 24  # bytes of JSON at the head of a .safetensors file; a ViT-H's are 0.1 MB
 
 # What the known formats name beside plain values; of storages, the bytes of a number in them.
@@ -168,12 +169,12 @@ class _Blank:
 
 
 def check_claims(tensors):
-    """ValueError if a dict of tensors, written out, would take many times the memory that it has, as expanded ones do.
+    """ValueError if a dict of tensors, written out, would fill the memory, and takes little as it is: expanded tensors.
 
     A file of 1 kB can hold a tensor of 1 TB. It costs nothing until somebody copies it: check before.
     """
     held = {value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value in tensors.values()}
-    if sum(value.numel() * value.element_size() for value in tensors.values()) > 4 * sum(held.values()):
+    if sum(value.numel() * value.element_size() for value in tensors.values()) > max(4 * sum(held.values()), LARGE):
         raise ValueError('its tensors claim more numbers than it has')
 
 
@@ -196,16 +197,17 @@ def check_training_state(checkpoint, optimizer):
     if not (-1 if inside else 0) <= checkpoint['epoch'] < 1e9 or inside and (checkpoint['step'] < 0 or 'sums' not in checkpoint):
         raise ValueError('there is no such epoch or step')
     saved = checkpoint['optimizer']
-    if not all(isinstance(v, dict) for v in (saved, saved['state'], *saved['param_groups'], *saved['state'].values())):
+    groups, state = saved['param_groups'], saved['state']
+    if not all(isinstance(v, dict) for v in (state, *groups)) or not all(isinstance(v, dict) for v in state.values()):
         raise ValueError('it is not the state of an optimiser')
-    for ours, theirs in zip(optimizer.param_groups, saved['param_groups']):
+    for ours, theirs in zip(optimizer.param_groups, groups):
         for name, value in ours.items():
             optional = value is None or isinstance(value, bool)  # of which releases of PyTorch have more or fewer
             if name != 'params' and not (_alike(value, theirs[name]) if name in theirs else optional):
                 raise ValueError(f'its option {name} is missing or out of range')
-    params = dict(zip((i for group in saved['param_groups'] for i in group['params']),
+    params = dict(zip((i for group in groups for i in group['params']),
                       (p for group in optimizer.param_groups for p in group['params'])))
-    for i, kept in saved['state'].items():
+    for i, kept in state.items():
         if i not in params or not _KEPT.get(type(optimizer).__name__, set()) <= kept.keys():
             raise ValueError('the state of a parameter has gaps')
         for name, value in kept.items():
@@ -218,7 +220,8 @@ def _check_kept(name, value, parameter):
         if not _alike(0.0, value):
             raise ValueError(f'{name} of a parameter is a {type(value).__name__}, or out of range')
         return
-    check_claims({name: value})
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # expanded, and not to be written to
+        raise ValueError(f'{name} of a parameter has fewer numbers than its shape says')
     if not value.is_floating_point() or value.ndim and value.shape != parameter.shape:
         raise ValueError(f'{name} of shape {list(value.shape)} for a parameter of shape {list(parameter.shape)}')
 

@@ -24,16 +24,19 @@ class Interruption:
         args: save_minutes, dist_timeout, batch_size, world_size.
         save: called by all processes as save(epoch, step=..., sums=..., step_images=...): ``step`` steps of ``epoch`` are done,
             of ``step_images`` images each, and ``sums`` are its log's so far.
+        steps: of an epoch.
         resumed: the checkpoint that this run goes on from, with those three in it if it was saved inside an epoch.
     """
 
-    def __init__(self, args, save, resumed=None):
+    def __init__(self, args, save, steps, resumed=None):
         resumed = resumed or {}
         self.step_images = args.batch_size * args.world_size
         self.epoch = args.start_epoch
         step = int(resumed.get('step', 0)) * int(resumed.get('step_images', self.step_images)) // self.step_images
         self.step = step - step % args.accum_iter  # where other numbers of processes or images had come to
         self.sums = resumed.get('sums', {})
+        if self.step >= steps:  # the data are others: the epoch begins anew
+            self.step, self.sums = 0, {}
         self.save, self.minutes = save, args.save_minutes
         self.saved = time.monotonic()
         self.signal = self.pending = self.group = None

@@ -160,8 +160,8 @@ def draw_split(output_dir, split, count, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output_dir', default='demo_output', metavar='DIR')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo go')
+    parser.add_argument('--seed', type=int, default=0, metavar='N', help='of all draws')
     parser.add_argument('--quick', action='store_true', help='a tenth of the pictures')
     args = parser.parse_args()
     for split, count in (('train', 4500), ('val', 640)):

@@ -123,7 +123,7 @@ def bars(output_dir):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output_dir', default='demo_output')
+    parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo are')
     args = parser.parse_args()
     masks(args.output_dir)
     text_query(args.output_dir)

@@ -103,8 +103,8 @@ def print_table(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output_dir', default='demo_output', metavar='DIR')
-    parser.add_argument('--seed', default=0, type=int)
+    parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo go')
+    parser.add_argument('--seed', default=0, type=int, metavar='N', help='of all draws')
     parser.add_argument('--quick', action='store_true', help='a few pictures and steps, to see that it works')
     args = parser.parse_args()
     out, seed = Path(args.output_dir), ['--seed', args.seed]

@@ -155,8 +155,8 @@ def zero_shot(model, images, lines):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output_dir', default='demo_output', metavar='DIR')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo go')
+    parser.add_argument('--seed', type=int, default=0, metavar='N', help='of all draws')
     parser.add_argument('--quick', action='store_true', help='a few steps')
     args = parser.parse_args()
     torch.manual_seed(args.seed)
