@@ -76,36 +76,46 @@ def settings_of(args, checkpoint):
 
 def build_model(settings, state_dict, path):
     """The model with the checkpoint's weights, in eval mode; with decoder_depth=0 where the file has no decoder."""
-    if 'decoder_pred.weight' not in state_dict:
-        tensors = classifier_of(state_dict)
-        with as_user_error(f'checkpoint {path} is not a plain ViT, or not a whole one', ValueError, AssertionError):
-            arguments = arguments_of(tensors, settings.model)
-            if arguments['in_chans'] != 3:
-                raise ValueError(f'its pictures have {arguments["in_chans"]} channels')
-            model = MaskedAutoencoderViT(decoder_depth=0, **arguments)
-        # a classifier that pools globally has its norm after the pooling
-        tensors = {name.removeprefix('fc_'): value for name, value in tensors.items() if not name.startswith('head')}
-        model.load_state_dict(tensors, strict=False)
-        settings.input_size = arguments['img_size']
-        settings.model = settings.model or 'the encoder'
-    else:
-        if settings.model not in MODELS:
-            said = f'names the model {settings.model}, unknown here' if settings.model else 'does not say what its model is'
-            raise UserError(f'checkpoint {path} {said}: give --model, and --use_clip, --change_decoder, --attn_mask, '
-                            f'--norm_pix_loss as it was trained; the models are {", ".join(MODELS)}')
-        with as_user_error(f'checkpoint {path}, --model {settings.model}', ValueError, TypeError):
-            model = MODELS[settings.model](
-                img_size=settings.input_size, norm_pix_loss=settings.norm_pix_loss, use_clip=settings.use_clip,
-                attn_mask=settings.attn_mask, change_decoder=settings.change_decoder,
-                target_dim=state_dict['decoder_pred.weight'].shape[0])
-        try:
-            model.load_state_dict(state_dict)
-        except RuntimeError as e:
-            reason = textwrap.shorten(''.join(str(e).splitlines()[1:2]), 200, placeholder=' ...')
-            raise UserError(f'checkpoint {path} is not of --model {settings.model} and its flags: {reason}') from e
+    build = build_whole if 'decoder_pred.weight' in state_dict else build_encoder
+    model = build(settings, state_dict, f'checkpoint {path}')
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f'checkpoint {path} has weights that are not finite; there is nothing to see in them')
     return model.eval()
+
+
+def build_whole(settings, state_dict, where):
+    """Encoder and decoder, as the settings say."""
+    if settings.model not in MODELS:
+        said = f'names the model {settings.model}, unknown here' if settings.model else 'does not say what its model is'
+        raise UserError(f'{where} {said}: give --model, and --use_clip, --change_decoder, --attn_mask, --norm_pix_loss as it '
+                        f'was trained; the models are {", ".join(MODELS)}')
+    with as_user_error(f'{where}, --model {settings.model}', ValueError, TypeError):
+        model = MODELS[settings.model](
+            img_size=settings.input_size, norm_pix_loss=settings.norm_pix_loss, use_clip=settings.use_clip,
+            attn_mask=settings.attn_mask, change_decoder=settings.change_decoder,
+            target_dim=state_dict['decoder_pred.weight'].shape[0])
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as e:
+        reason = textwrap.shorten(''.join(str(e).splitlines()[1:2]), 200, placeholder=' ...')
+        raise UserError(f'{where} is not of --model {settings.model} and its flags: {reason}') from e
+    return model
+
+
+def build_encoder(settings, state_dict, where):
+    """The encoder alone, as the shapes say; sets settings.input_size."""
+    tensors = classifier_of(state_dict)
+    with as_user_error(f'{where} is not a plain ViT, or not a whole one', ValueError, AssertionError):
+        arguments = arguments_of(tensors, settings.model)
+        if arguments['in_chans'] != 3:
+            raise ValueError(f'its pictures have {arguments["in_chans"]} channels')
+        model = MaskedAutoencoderViT(decoder_depth=0, **arguments)
+    # a classifier that pools globally has its norm after the pooling
+    tensors = {name.removeprefix('fc_'): value for name, value in tensors.items() if not name.startswith('head')}
+    model.load_state_dict(tensors, strict=False)
+    settings.input_size = arguments['img_size']
+    settings.model = settings.model or 'the encoder'
+    return model
 
 
 def open_teacher(args, settings, model, device):

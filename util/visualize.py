@@ -197,7 +197,7 @@ def pca_colours(features, like=None):
     features, like = [x.double().nan_to_num() for x in (features, like)]
     mean = like.mean(dim=1, keepdim=True)
     axes = torch.linalg.svd(like - mean, full_matrices=False).Vh[:, :3]
-    # An axis has no direction of its own. Let the largest entry be positive, so that no epoch swaps red for cyan at will.
+    # An axis has no direction of its own: let its largest entry be positive, so that equal features give equal colours.
     axes = axes * axes.gather(2, axes.abs().argmax(dim=2, keepdim=True)).sign()
     axes = F.pad(axes, (0, 0, 0, 3 - axes.shape[1]))
     features, like = [(x - mean) @ axes.transpose(1, 2) for x in (features, like)]
