@@ -7,7 +7,7 @@ from timm.data import Mixup
 from engine_finetune import evaluate, fit, print_accuracy
 from models_vit import MODELS
 from util import misc
-from util.arguments import Parser, add_classifier_arguments, bounded, check_classifier, setup
+from util.arguments import Parser, add_classifier_arguments, add_common_arguments, bounded, check_classifier, setup
 from util.checkpoint import load_pretrained
 from util.datasets import build_transform
 from util.distributed import distribute
@@ -19,35 +19,42 @@ from util.seeding import seeded
 
 def get_args_parser():
     parser = Parser('main_finetune.py', description=__doc__)
-    add_classifier_arguments(parser, MODELS, epochs=50, min_lr=1e-6, warmup_epochs=5)
+    add_classifier_arguments(parser, MODELS)
     group = parser.add_argument_group('fine-tuning')
     group.add_argument('--global_pool_wcls', action='store_true', help='classify the mean of all tokens, class token included')
     group.add_argument('--drop_path', default=0.1, type=bounded(float, 0, 1, open_high=True), metavar='RATE',
                        help='stochastic depth at the last block; it grows from 0 at the first')
-    group.add_argument('--layer_decay', default=0.75, type=bounded(float, 0), help='factor of the learning rate a layer down')
-    group.add_argument('--clip_grad', default=None, type=bounded(float, 0), metavar='NORM', help='largest norm of the gradients')
+    group.add_argument('--layer_decay', default=0.75, type=bounded(float, 0), metavar='FACTOR',
+                       help='factor of the learning rate a layer down')
+    group.add_argument('--clip_grad', default=None, type=bounded(float, 0), metavar='NORM',
+                       help='largest norm of the gradients; default: they are not clipped')
 
     group = parser.add_argument_group('augmentation')
-    group.add_argument('--color_jitter', default=None, type=bounded(float, 0), metavar='FACTOR', help='only without --aa')
+    group.add_argument('--color_jitter', default=None, type=bounded(float, 0), metavar='FACTOR',
+                       help="of brightness, contrast and saturation; only with --aa ''; default: none")
     group.add_argument('--aa', default='rand-m9-mstd0.5-inc1', metavar='NAME', help="timm's policy; '' for none")
-    group.add_argument('--smoothing', default=0.1, type=bounded(float, 0, 1), help='label smoothing')
+    group.add_argument('--smoothing', default=0.1, type=bounded(float, 0, 1), metavar='SHARE', help='label smoothing')
     group.add_argument('--reprob', default=0.25, type=bounded(float, 0, 1), metavar='P', help='probability of random erasing')
     group.add_argument('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='what erased pixels become')
-    group.add_argument('--recount', default=1, type=bounded(int, 1), help='boxes erased')
+    group.add_argument('--recount', default=1, type=bounded(int, 1), metavar='N', help='boxes erased')
     group.add_argument('--resplit', action='store_true', help='taken for the sake of published commands; it changes nothing')
-    group.add_argument('--mixup', default=0.0, type=bounded(float, 0), metavar='ALPHA', help='0: none')
-    group.add_argument('--cutmix', default=0.0, type=bounded(float, 0), metavar='ALPHA', help='0: none')
+    group.add_argument('--mixup', default=0.0, type=bounded(float, 0), metavar='ALPHA', help='strength; 0: none')
+    group.add_argument('--cutmix', default=0.0, type=bounded(float, 0), metavar='ALPHA', help='strength; 0: none')
     group.add_argument('--cutmix_minmax', default=None, type=bounded(float, 0, 1), nargs=2, metavar=('MIN', 'MAX'),
-                       help='side of the cut boxes as a share of the image; turns cutmix on')
-    group.add_argument('--mixup_prob', default=1.0, type=bounded(float, 0, 1), metavar='P', help='of either, for a batch')
-    group.add_argument('--mixup_switch_prob', default=0.5, type=bounded(float, 0, 1), metavar='P', help='of cutmix, with both')
-    group.add_argument('--mixup_mode', default='batch', choices=['batch', 'pair', 'elem'], help='what shares one draw')
+                       help='side of the cut boxes as a share of the image; turns cutmix on; default: drawn by --cutmix')
+    group.add_argument('--mixup_prob', default=1.0, type=bounded(float, 0, 1), metavar='P',
+                       help='probability of either, for a batch')
+    group.add_argument('--mixup_switch_prob', default=0.5, type=bounded(float, 0, 1), metavar='P',
+                       help='probability of cutmix where both are on')
+    group.add_argument('--mixup_mode', default='batch', choices=['batch', 'pair', 'elem'],
+                       help='what shares one draw of their strength')
+    add_common_arguments(parser, epochs=50, min_lr=1e-6, warmup_epochs=5)
     return parser
 
 
 def check(args):
     """Combinations of flags that cannot work."""
-    check_classifier(args)
+    check_classifier(args, MODELS)
     if args.global_pool and args.global_pool_wcls:
         raise UserError('--global_pool and --global_pool_wcls are two ways of pooling; give one of them')
     if mixes(args) and args.batch_size % 2:

@@ -5,7 +5,7 @@ import torch.nn as nn
 from engine_finetune import evaluate, fit, print_accuracy
 from models_vit import MODELS
 from util import misc
-from util.arguments import Parser, add_classifier_arguments, bounded, check_classifier, setup
+from util.arguments import Parser, add_classifier_arguments, add_common_arguments, bounded, check_classifier, setup
 from util.checkpoint import load_pretrained
 from util.datasets import build_linprobe_transform
 from util.distributed import distribute
@@ -17,8 +17,8 @@ from util.seeding import seeded
 
 def get_args_parser():
     parser = Parser('main_linprobe.py', description=__doc__, conflict_handler='resolve')
-    add_classifier_arguments(
-        parser, MODELS, batch_size=512, epochs=90, weight_decay=0.0, blr=0.1, warmup_epochs=10, num_workers=10)
+    add_classifier_arguments(parser, MODELS)
+    add_common_arguments(parser, batch_size=512, epochs=90, weight_decay=0.0, blr=0.1, warmup_epochs=10, num_workers=10)
     group = parser.add_argument_group('linear probing')
     group.add_argument('--probe', default='linear', choices=PROBES,
                        help='linear: batch norm and a linear classifier, trained by LARS; attentive: a query that attends to '
@@ -31,7 +31,7 @@ def get_args_parser():
 
 def check(args):
     """Combinations of flags that cannot work; args.blr becomes a list of the rates in order, each once."""
-    check_classifier(args)
+    check_classifier(args, MODELS)
     attentive = args.probe == 'attentive'
     if args.batch_size < 2 and not attentive:
         raise UserError(f'--batch_size {args.batch_size}: the batch norm before the classifier needs at least 2 images a process')

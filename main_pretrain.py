@@ -9,7 +9,7 @@ from timm.optim import param_groups_weight_decay
 from engine_pretrain import train_one_epoch
 from models_milan import MODELS, count_visible
 from util import misc
-from util.arguments import Parser, add_common_arguments, bounded, setup
+from util.arguments import Parser, add_common_arguments, bounded, check_checkpoint, check_sizes, setup
 from util.datasets import build_dataset, build_pretrain_transform
 from util.distributed import distribute
 from util.errors import UserError
@@ -23,29 +23,38 @@ from util.visualize import fixed_images, log_panels
 
 def get_args_parser():
     parser = Parser('main_pretrain.py', description=__doc__)
-    group = parser.add_argument_group('model and method')
+    group = parser.add_argument_group('model')
     group.add_argument('--model', default='mae_vit_large_patch16', choices=MODELS, metavar='NAME', help=', '.join(MODELS))
-    group.add_argument('--input_size', default=224, type=bounded(int, 1, 4096), help='pixels along a side')
-    group.add_argument('--mask_ratio', default=0.75, type=bounded(float, 0, 1, open_high=True), help='share of patches hidden')
-    group.add_argument('--norm_pix_loss', action='store_true', help='normalise the pixels of each target patch')
+    group.add_argument('--input_size', default=224, type=bounded(int, 1, 4096), metavar='PIXELS', help='pixels along a side')
+
+    group = parser.add_argument_group('method (MILAN: all three, MAE: none)')
     group.add_argument('--use_clip', action='store_true', help="predict the teacher's features instead of pixels")
     group.add_argument('--change_decoder', action='store_true', help="the prompting decoder instead of MAE's")
     group.add_argument('--attn_mask', action='store_true', help="semantic aware masking by the teacher's attention")
+
+    group = parser.add_argument_group('target and masking')
+    group.add_argument('--mask_ratio', default=0.75, type=bounded(float, 0, 1, open_high=True), metavar='SHARE',
+                       help='share of patches hidden from the encoder')
+    group.add_argument('--norm_pix_loss', action='store_true',
+                       help='without a teacher: normalise the pixels of each target patch')
+    group.add_argument('--average_targets', default=1, type=bounded(int, 1), metavar='K',
+                       help="target: mean over the teacher's last K blocks")
+
+    group = parser.add_argument_group('teacher')
     group.add_argument('--clip_path', default=CLIP_PATH, metavar='FILE|NAME', help='the teacher: a CLIP file or a name')
     group.add_argument('--teacher', default='', metavar='NAME', help="a teacher in place of --clip_path's: CLIP's names, "
                        "or a ViT of timm's such as vit_base_patch16_siglip_224; it is shown images for the grid of --model")
-    group.add_argument('--teacher_path', default='', metavar='FILE', help="weights of --teacher; default: those of timm's hub")
+    group.add_argument('--teacher_path', default='', metavar='FILE', help="weights of --teacher; default: timm's hub")
     group.add_argument('--use_clip_dino', action='store_true', help='the teacher is DINO, dino_vitbase16_pretrain.pth')
     group.add_argument('--use_clip_slip', action='store_true', help='the teacher is SLIP, slip_vit_base_16.pth.tar')
     group.add_argument('--teacher_norm', default='imagenet', choices=['imagenet', 'own'],
                        help="mean and deviation of the teacher's input: the student's, as published, or its own")
-    group.add_argument('--average_targets', default=1, type=bounded(int, 1), metavar='K',
-                       help="target: mean over the teacher's last K blocks")
-    add_common_arguments(parser, epochs=400, warmup_epochs=40)
+
     group = parser.add_argument_group('pictures')
     group.add_argument('--vis_every', default=0, type=bounded(int, 0), metavar='N',
                        help='masks, features and predictions of a few images to TensorBoard after every N-th epoch and the '
                             'last; 0: none')
+    add_common_arguments(parser, epochs=400, warmup_epochs=40)
     return parser
 
 
@@ -56,27 +65,25 @@ def check(args):
         raise UserError('--attn_mask needs the teacher that --use_clip brings; give both or neither')
     if args.vis_every and not args.log_dir:
         raise UserError('--vis_every draws into TensorBoard: give --log_dir, the folder of its events')
-
-
-def build_model(args, teacher):
-    """The model of the flags, as large as the images and as wide as the teacher's features; checks the mask ratio."""
-    model = MODELS[args.model](
-        img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=args.use_clip, attn_mask=args.attn_mask,
-        change_decoder=args.change_decoder, target_dim=teacher.dim if teacher else None)
-    patches = model.patch_embed.num_patches
+    patches = check_sizes(args, MODELS)
     visible = count_visible(patches, args.mask_ratio)
     if visible == 0 or (visible == patches and not args.use_clip):
         raise UserError(f'--mask_ratio {args.mask_ratio} leaves {visible} of {patches} patches visible; '
                         'there is nothing to learn from')
-    return model
+    check_checkpoint(args)
+
+
+def build_model(args, teacher):
+    """The model of the flags, as large as the images and as wide as the teacher's features."""
+    return MODELS[args.model](
+        img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=args.use_clip, attn_mask=args.attn_mask,
+        change_decoder=args.change_decoder, target_dim=teacher.dim if teacher else None)
 
 
 def build_training(args, device):
     """(teacher or None, model, model without DDP, optimiser, loss scaler) of a run."""
     # teacher and model
     patch_size = MODELS[args.model].keywords['patch_size']
-    if args.input_size % patch_size:
-        raise UserError(f'--input_size {args.input_size} is not a multiple of the patch size {patch_size} of {args.model}')
     teacher = build_teacher(args, args.input_size // patch_size, device) if args.use_clip else None
     with seeded('weights', args.seed):
         model_without_ddp = build_model(args, teacher).to(device)

@@ -36,8 +36,3 @@ def test_every_flag_of_the_commands_exists():
 def test_every_model_is_named():
     for name in (*models_milan.MODELS, *models_vit.MODELS):
         assert name.removeprefix('mae_').removeprefix('vit_').split('_dec')[0] in FLAGS
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r'\]\((?!https?://|#)([^)]+)\)', README):
-        assert (ROOT / target).exists(), target

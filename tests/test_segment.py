@@ -55,7 +55,7 @@ def test_counts_as_the_definition_says(pictures):
     loader = torch.utils.data.DataLoader(segment.Pictures(args, 'val'), sampler=[(0, i) for i in range(7)])
     found = segment.evaluate(model, loader, torch.device('cpu'), args)
     truth, guess = [], []
-    for image, mask in loader:
+    for image, mask, _ in loader:
         with torch.no_grad():
             logits = torch.nn.functional.interpolate(model(image), size=mask.shape[1:], mode='bilinear')
         truth.append(mask[mask != 255].numpy())
@@ -70,7 +70,7 @@ def test_an_image_and_its_mask_are_cropped_alike(pictures):
     args = argparse.Namespace(data_path=str(pictures), input_size=64, nb_classes=2, seed=0)
     train = segment.Pictures(args, 'train')
     crops = [train[epoch, i] for epoch in range(2) for i in range(24)]
-    for image, mask in crops:
+    for image, mask, _ in crops:
         red = image[0] - image[1] > 2
         assert (red[mask != 255] == (mask[mask != 255] == 1)).float().mean() > 0.85
     assert not torch.equal(crops[0][1], crops[24][1]) and torch.equal(train[1, 0][0], crops[24][0])

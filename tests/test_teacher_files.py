@@ -80,8 +80,8 @@ def test_files_of_another_model_are_refused(changes, message, timm_weights, tmp_
 
 
 def test_published_teachers(tmp_path, monkeypatch):
-    """--use_clip_dino and --use_clip_slip take the published files from the working directory: weights of nothing but a bias and,
-    for SLIP, its projection."""
+    """--use_clip_dino and --use_clip_slip take the published files from the working directory. All weights are zero here but
+    for the last bias and SLIP's projection."""
     with torch.device('meta'):
         shapes = MODELS['mae_vit_base_patch16']().state_dict()
     tower = {name: torch.zeros(1).expand(p.shape) for name, p in shapes.items()  # a few bytes a tensor in the file
@@ -192,7 +192,8 @@ def test_wrong_use_is_one_line(case, teacher_flags, timm_weights):
     flags, message = WRONG[case]
     result = pretrain(*teacher_flags, '--epochs', 1, *[timm_weights('test_vit') if f == 'WEIGHTS' else f for f in flags])
     errors = [line for line in result.stderr.splitlines() if 'No CUDA GPU' not in line]
-    assert result.returncode == 1 and len(errors) == 1 and errors[0].startswith('error: ') and message in errors[0], result.stderr
+    assert result.returncode == 1 and len(errors) == 1, result.stderr
+    assert errors[0].startswith('error: ') and message in errors[0]
 
 
 def test_blocks_of_another_make_are_refused(timm_weights):

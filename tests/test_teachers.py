@@ -86,7 +86,7 @@ def naive_pooling(model, x):
 
 
 def not_pooled(model):
-    """How many tokens in front attention pooling leaves out: registers in newer timm, none where there are none to leave out."""
+    """How many tokens in front attention pooling leaves out: registers in newer timm, none in older."""
     return 0 if getattr(model, 'pool_include_prefix', True) else model.num_prefix_tokens
 
 
@@ -127,10 +127,11 @@ def test_tokens_are_timms_features(family):
 
 
 # one of each way through the code; tracing takes a second each
-@pytest.mark.parametrize('family', ['CLIP', 'EVA-CLIP with norms behind', 'SigLIP', 'DINOv2 with registers', 'DINOv3', 'EVA-02',
-                                    'AIMv2', 'PE', 'BEiT', 'rotations learnt', 'norms of queries, shared keys'], indirect=True)
+@pytest.mark.parametrize('family', [
+    'CLIP', 'EVA-CLIP with norms behind', 'SigLIP', 'DINOv2 with registers', 'DINOv3', 'EVA-02', 'AIMv2', 'PE', 'BEiT',
+    'rotations learnt', 'norms of queries, shared keys'], indirect=True)
 def test_a_teacher_never_learns_and_is_one_graph(family):
-    """No autograd graph; torch.compile takes it whole (fullgraph fails at a break), resizing and averaging included, once."""
+    """No autograd graph; torch.compile takes it whole (fullgraph fails at a break), once, with resizing and averaging."""
     tower, _ = family
     teacher = Teacher(tower, 'own', average_targets=2)
     torch._dynamo.reset()
@@ -161,7 +162,7 @@ class Softmaxes(TorchDispatchMode):
 
 
 def test_attention_is_fused_but_for_the_importance(family):
-    """One row of the last block for a class token, one query for a pooling; the whole of one matrix for attention received."""
+    """One row of the last block for a class token, one query for a pooling; one whole matrix for attention received."""
     tower, answer = family
     tokens = 16 + tower.model.num_prefix_tokens - (not_pooled(tower.model) if answer == POOL else 0)
     with Softmaxes() as softmaxes:
@@ -188,7 +189,7 @@ def test_patches_cover_the_students(family):
 @pytest.mark.parametrize('name', ['DINOv2 with registers', 'SigLIP', 'EVA-02', 'BEiT'])
 @torch.no_grad()
 def test_average_targets(name, timm_weights):
-    """The mean of what the teacher gives and what it gives without its last block; importance stays that of the last block."""
+    """The mean of what the teacher gives with and without its last block; importance stays that of the last block."""
     name, sizes = FAMILIES[name][0], {**SMALL, 'depth': 3}
     tower = load_timm(name, 4, timm_weights(name, **sizes), **sizes)
     shorter = copy.deepcopy(tower)

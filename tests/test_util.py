@@ -190,6 +190,15 @@ def test_precision_names():
     assert misc.resolve_amp('auto', 'cuda') in ('bf16', 'fp16')
 
 
+def test_too_little_memory_ends_a_script_with_a_line(capsys):
+    def too_much(args):
+        torch.empty(2**62, dtype=torch.uint8)
+    with pytest.raises(SystemExit) as end:
+        misc.run(too_much, None)
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith('error: there is not enough memory for a step: lower --batch_size')
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_pretraining_on_a_gpu(milan_flags, tmp_path):
     result = run(sys.executable, ROOT / 'main_pretrain.py', *milan_flags, '--epochs', 2, env={'CUDA_VISIBLE_DEVICES': '0'})

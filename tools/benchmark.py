@@ -190,23 +190,23 @@ MILAN = ['--use_clip', '--change_decoder', '--attn_mask']
 
 def get_args_parser():
     gpu = torch.cuda.is_available()
-    parser = Parser('tools/benchmark.py', description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=['step', 'data', 'train', 'all'])
-    parser.add_argument('--rounds', type=bounded(int, 1), default=5)
-    parser.add_argument('--steps', type=bounded(int, 1), default=10 if gpu else 2, help='training steps of a round of step')
-    parser.add_argument('--images', type=bounded(int, 1), default=512, help='images a core in a round of data')
-    parser.add_argument('--seconds', type=bounded(float, 0), default=60, help='how long train runs after its first log line')
-    parser.add_argument('--threads', type=bounded(int, 1), default=torch.get_num_threads(), help="PyTorch's threads")
+    parser = Parser('tools/benchmark.py', description=__doc__, allow_abbrev=False)
+    parser.add_argument('what', choices=['step', 'data', 'train', 'all'], help='what to measure, see above')
+    parser.add_argument('--rounds', type=bounded(int, 1), default=5, metavar='N', help='measurements, of which the median counts')
+    parser.add_argument('--steps', type=bounded(int, 1), default=10 if gpu else 2, metavar='N',
+                        help='training steps of a round of step')
+    parser.add_argument('--images', type=bounded(int, 1), default=512, metavar='N', help='images a core in a round of data')
+    parser.add_argument('--seconds', type=bounded(float, 0), default=60, metavar='S',
+                        help='how long train runs after its first log line')
+    parser.add_argument('--threads', type=bounded(int, 1), default=torch.get_num_threads(), metavar='N', help="PyTorch's threads")
     parser.add_argument('--json', metavar='FILE', help='write all figures, machine, versions and command')
     return parser
 
 
 def random_clip(args, folder):
     """The file of a CLIP of random weights with the student's patch size: as large as OpenAI's; tiny for the tiny one."""
+    main_pretrain.check_sizes(args, main_pretrain.MODELS)
     patch = int(re.search(r'patch(\d+)', args.model)[1])
-    if args.input_size % patch:
-        raise UserError(f'--input_size {args.input_size} is not a multiple of the patch size of {args.model}')
     width, layers, dim = {8: (128, 2, 48), 14: (1024, 24, 768)}.get(patch, (768, 12, 512))
     torch.manual_seed(0)
     model = clip.CLIP(dim, args.input_size, layers, width, patch, 1, 1, 64, 1, 1)  # what reads text is as small as can be
@@ -245,6 +245,7 @@ def main(options):
         image_files(args)  # what is wrong with --data_path is said now and not after minutes
     with tempfile.TemporaryDirectory() as folder:
         args.clip_path = args.clip_path or random_clip(args, folder)
+        main_pretrain.check(args)
         device = start(args, options.threads)
         result = {'command': shlex.join(['python', *sys.argv]), 'machine': describe_machine(),
                   'versions': describe_versions()}

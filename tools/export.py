@@ -167,7 +167,7 @@ def get_args_parser():
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='pretraining, fine-tuned or linear probing; any known format')
     parser.add_argument('--format', required=True, choices=ENDINGS,
                         help='timm: for timm.create_model; safetensors: everything under our names; openmmlab: their names')
-    parser.add_argument('--output', required=True, metavar='FILE')
+    parser.add_argument('--output', required=True, metavar='FILE', help='the file to write: .pth or .safetensors')
     return parser
 
 

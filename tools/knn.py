@@ -147,11 +147,13 @@ def get_args_parser():
     parser = Parser('tools/knn.py', description="Weighted k-nearest-neighbour accuracy of an encoder's features")
     add_encoder_arguments(parser, MODELS)
     group = parser.add_argument_group('neighbours')
-    group.add_argument('--k', nargs='+', default=[10, 20, 100, 200], type=bounded(int, 1), help='training images that vote')
-    group.add_argument('--temperature', default=0.07, type=bounded(float, 1e-6), help='votes weigh exp(similarity / temperature)')
+    group.add_argument('--k', nargs='+', default=[10, 20, 100, 200], type=bounded(int, 1), metavar='K',
+                       help='training images that vote; default: 10 20 100 200')
+    group.add_argument('--temperature', default=0.07, type=bounded(float, 1e-6), metavar='T',
+                       help='votes weigh exp(similarity / temperature)')
     group.add_argument('--json', metavar='FILE', help='write the accuracies there too')
     group = parser.add_argument_group('running')
-    group.add_argument('--batch_size', default=128, type=bounded(int, 1), help='images a process and step')
+    group.add_argument('--batch_size', default=128, type=bounded(int, 1), metavar='N', help='images a process and step')
     add_device_arguments(group)
     group.add_argument('--print_freq', default=20, type=bounded(int, 1), metavar='N', help='steps between two log lines')
     add_data_arguments(parser.add_argument_group('data'))

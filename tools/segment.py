@@ -64,7 +64,7 @@ class Pictures(torch.utils.data.Dataset):
             raise UserError(f'{self.pairs[i][0]} and its mask {self.pairs[i][1]}: {first_line(e)}') from e
         seed_generators('augment', self.seed, epoch, i)
         image, mask = self.crop(image, tv_tensors.Mask(mask)) if self.train else (self.whole(image), mask)
-        return self.finish(image), mask.as_subclass(torch.Tensor)
+        return self.finish(image), mask.as_subclass(torch.Tensor), i
 
     def read(self, image, mask):
         image = v2.functional.pil_to_tensor(read_image(image))
@@ -98,7 +98,7 @@ def evaluate(model, loader, device, args):
     """(mean over the classes that occur of intersection over union, share of pixels that are right), both in per cent."""
     model.eval()
     counts = torch.zeros(args.nb_classes**2, dtype=torch.int64, device=device)  # of pixels, by truth and prediction
-    for images, masks in misc.MetricLogger().log_every(loader, args.print_freq, 'Evaluation'):
+    for images, masks, _ in misc.MetricLogger().log_every(loader, args.print_freq, 'Evaluation'):
         images, masks = images.to(device), masks.to(device)
         with misc.autocast(device, args.amp):
             logits = model(images)
@@ -115,15 +115,16 @@ def get_args_parser():
     parser = arguments.Parser('tools/segment.py', description='Linear segmentation on frozen patch features')
     arguments.add_encoder_arguments(parser, MODELS, pooling=False)
     group = parser.add_argument_group('training')
-    group.add_argument('--batch_size', default=16, type=bounded(int, 1), help='images a step')
-    group.add_argument('--epochs', default=10, type=bounded(int, 1), help='passes over the training images')
-    group.add_argument('--lr', default=1e-3, type=bounded(float, 0), help="AdamW's learning rate; half a cosine leads to 0")
-    group.add_argument('--weight_decay', default=0.01, type=bounded(float, 0))
+    group.add_argument('--batch_size', default=16, type=bounded(int, 1), metavar='N', help='images a step')
+    group.add_argument('--epochs', default=10, type=bounded(int, 1), metavar='N', help='passes over the training images')
+    group.add_argument('--lr', default=1e-3, type=bounded(float, 0), metavar='LR',
+                       help="AdamW's learning rate; half a cosine leads to 0")
+    group.add_argument('--weight_decay', default=0.01, type=bounded(float, 0), metavar='W', help="AdamW's")
     group.add_argument('--print_freq', default=20, type=bounded(int, 1), metavar='N', help='steps between two log lines')
     arguments.add_device_arguments(group)
     group = parser.add_argument_group('data')
     group.add_argument('--data_path', metavar='DIR', help='folder with images/ and masks/, train/ and val/ in each')
-    group.add_argument('--num_workers', default=8, type=bounded(int, 0), help='loader processes')
+    group.add_argument('--num_workers', default=8, type=bounded(int, 0), metavar='N', help='loader processes')
     # what util.arguments.setup and the training loop read beyond that
     parser.set_defaults(resume='', eval=True, accum_iter=1, compile='off', min_lr=0.0, warmup_epochs=0, pin_mem=True,
                         world_size=1, local_rank=-1, dist_on_itp=False, dist_url='env://', global_pool=False)

@@ -261,13 +261,14 @@ def get_args_parser():
                         help='draw how well each text describes the patches, hidden ones too: its share among several texts '
                              '(softmax), or the cosine minus its mean where it is the only one')
     parser.add_argument('--output_dir', default='./visualized', metavar='DIR', help='a NAME-visualized.png for each picture')
-    parser.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1), help='of the masks')
-    parser.add_argument('--device', default='cuda', action=Device, help='cuda or cpu; without CUDA the default is cpu')
+    parser.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1), metavar='N', help='of the masks')
+    parser.add_argument('--device', default='cuda', action=Device, metavar='DEVICE',
+                        help='cuda or cpu; without CUDA the default is cpu')
 
     group = parser.add_argument_group('how it was trained, where the checkpoint does not say or you want to see otherwise')
     group.add_argument('--model', choices=MODELS, metavar='NAME', help=', '.join(MODELS))
-    group.add_argument('--input_size', type=bounded(int, 1, 4096), help='pixels along a side')
-    group.add_argument('--mask_ratio', type=bounded(float, 0, 1, open_high=True), help='share of patches hidden')
+    group.add_argument('--input_size', type=bounded(int, 1, 4096), metavar='PIXELS', help='pixels along a side')
+    group.add_argument('--mask_ratio', type=bounded(float, 0, 1, open_high=True), metavar='SHARE', help='share of patches hidden')
     group.add_argument('--clip_path', metavar='FILE|NAME', help="the teacher, which --text asks too; '': none")
     group.add_argument('--teacher', metavar='NAME', help="a teacher in place of --clip_path's")
     group.add_argument('--teacher_path', metavar='FILE', help='its weights')

@@ -160,11 +160,24 @@ def _open_folder(is_train, args):
     return folder
 
 
+def check_data_flags(args):
+    """UserError where --data_path or --dataset cannot be meant; whether the data is there is for the machine that reads it."""
+    if not args.dataset:
+        if not args.data_path:
+            raise UserError('--data_path is missing: give the folder that holds train/ and val/, a folder a class in each')
+        return
+    kind = args.dataset.partition('/')[0].lower()
+    named, plain = ('torch', 'hfds', 'hfids', 'tfds', 'wds'), ('tar', 'folder')
+    if kind not in (named if '/' in args.dataset else plain):
+        raise UserError(f'--dataset {args.dataset}: take tar, folder, torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME')
+    if not args.data_path and kind in ('torch', 'wds', *plain):
+        raise UserError(f'--data_path is missing: give the place of --dataset {args.dataset}')
+
+
 def image_folder(args, split):
     """args.data_path/split, after checking that it is there."""
-    if not args.data_path:
-        raise UserError('--data_path is missing: give the folder that holds train/ and val/, a folder a class in each')
-    if not os.path.isdir(args.data_path):
+    check_data_flags(args)
+    if not os.path.isdir(args.data_path or ''):
         raise UserError(f'--data_path {args.data_path} is not a folder; it should hold train/ and val/, a folder a class in each')
     root = os.path.join(args.data_path, split)
     if not os.path.isdir(root):
@@ -187,12 +200,8 @@ def _refuse_pickled_list(data_path):
 
 def _open_timm(is_train, args):
     """timm's data set of the name in args.dataset; see timm.data.create_dataset for the names."""
+    check_data_flags(args)
     kind = args.dataset.partition('/')[0].lower()
-    named, plain = ('torch', 'hfds', 'hfids', 'tfds', 'wds'), ('tar', 'folder')
-    if kind not in (named if '/' in args.dataset else plain):
-        raise UserError(f'--dataset {args.dataset}: take tar, folder, torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME')
-    if not args.data_path and kind in ('torch', 'wds', *plain):
-        raise UserError(f'--data_path is missing: give the place of --dataset {args.dataset}')
     if kind == 'wds' and not os.path.isdir(args.data_path):  # WebDataset would hand a URL to a shell
         raise UserError(f'--data_path {args.data_path} is no folder; copy the shards of --dataset {args.dataset} into one')
     if kind == 'tar' and not hasattr(reader_image_in_tar, '_TarInfoUnpickler'):

@@ -171,5 +171,5 @@ def build_loader(args, dataset, is_train=True):
         worker_init_fn=ignore_signals)
     return Batches(loader, args.max_bad_images, getattr(args, 'nb_classes', None), evaluation=not is_train,
                    shared=is_train or args.dist_eval and not stream,
-                   list_path=os.path.join(args.output_dir, 'unreadable_images.txt') if args.output_dir else None)
+                   list_path=os.path.join(args.output_dir, 'unreadable_images.txt') if getattr(args, 'output_dir', '') else None)
 

@@ -159,6 +159,9 @@ def explain(error):
     if isinstance(error, OSError):
         full = {errno.ENOSPC: 'the disk is full', errno.EDQUOT: 'the disk quota is used up'}.get(error.errno)
         return full and f'{full}{f": {error.filename}" if error.filename else ""}; make room and go on with --resume auto'
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:  # the latter on a CPU
+        return ('there is not enough memory for a step: lower --batch_size, and raise --accum_iter by the same factor, which '
+                'keeps the effective batch')
     if 'DataLoader worker' in text and 'killed by signal' in text:
         return ('a loader worker was killed, most likely for want of memory: lower --num_workers or --batch_size'
                 if 'Bus error' not in text else 'a loader worker found no room in shared memory: enlarge /dev/shm, or lower '

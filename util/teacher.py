@@ -74,7 +74,7 @@ class Teacher(nn.Module):
 
 
 def check_teacher(args):
-    """UserError where the flags name no teacher or two, or one that is not there; a flag that names one turns args.use_clip on.
+    """UserError where the flags name no teacher or two, or one that is not there; one that is named turns args.use_clip on.
 
     This is said before the images are listed, which can take minutes.
     """
@@ -91,6 +91,9 @@ def check_teacher(args):
             raise UserError(f'--{flag}: {file} is not in the working directory; put it there or give --teacher_path FILE')
     if args.teacher and args.teacher not in clip.available_models():
         find_timm(args.teacher, args.teacher_path)
+    if args.use_clip and not named and args.clip_path not in clip.available_models() and not os.path.isfile(args.clip_path):
+        raise UserError(f"--clip_path {args.clip_path} is neither a file nor one of CLIP's names: "
+                        f'{", ".join(clip.available_models())}')
     args.use_clip = args.use_clip or bool(named)
 
 
@@ -139,5 +142,5 @@ def _check_clip(args, visual, grid_size):
         raise UserError(f'the teacher {args.clip_path} takes images of {visual.input_resolution} pixels; '
                         f'give --input_size {visual.input_resolution} instead of {args.input_size}, or another teacher')
     if visual.grid_size != grid_size:
-        raise UserError(f'the teacher {args.clip_path} has {visual.grid_size}x{visual.grid_size} patches and {args.model} at '
-                        f'--input_size {args.input_size} has {grid_size}x{grid_size}; take a teacher of the same patch size')
+        raise UserError(f'the teacher {args.clip_path} has {visual.grid_size}x{visual.grid_size} patches and {args.model} '
+                        f'at --input_size {args.input_size} has {grid_size}x{grid_size}; take a teacher of the same patch size')

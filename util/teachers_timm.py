@@ -5,8 +5,8 @@ no list of names. Registers and other tokens in front of the L patches are left 
 
 * From a class token (CLIP, EVA-CLIP, DINO, DINOv2, DINOv3, TIPSv2, RADIO, DeiT). First of the L+1 tokens: the class token.
   Importance: its attention to each patch in the last block. Sums to 1 less what goes to itself and to registers.
-* By attention pooling (SigLIP, SigLIP 2, PE). First: the pooled output. Importance: the pooling's weights. They sum to 1, less
-  what goes to tokens in front where those are pooled too (PE's class token).
+* By attention pooling (SigLIP, SigLIP 2, PE). First: the pooled output. Importance: the pooling's weights. They sum to 1,
+  less what goes to tokens in front where those are pooled too (PE's class token).
 * From the mean of the patches (AIMv2, EVA, EVA-02, BEiT, SigLIP's gap models). First: the pooled output. Importance: the
   attention that each patch receives in the last block, mean over all tokens that attend. Sums to 1 less what tokens in front
   receive. (A class token that the mean passes over, as EVA-02's, has had nothing to learn from.)
@@ -41,7 +41,7 @@ ATTENTIONS = Attention, EvaAttention, BeitAttention, getattr(timm.layers, 'Atten
 POST_NORM = ResPostBlock, EvaBlockPostNorm  # blocks whose attention takes their input as it is
 LABELS = 1000, 11221, 11821, 21841, 21843  # ImageNet's numbers of classes: with a head of these a CLIP was fine-tuned
 ONLY_WEIGHTS = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # by this PyTorch runs nothing of a file where older timm would let it
-MISFITS = RuntimeError, AssertionError, ValueError, KeyError, AttributeError, TypeError, IndexError  # in a file of another model
+MISFITS = RuntimeError, AssertionError, ValueError, KeyError, AttributeError, TypeError, IndexError  # another model's file
 PARTS = 'patch_embed.', 'cls_token', 'reg_token', 'dist_token', 'pos_embed', 'norm_pre.', 'blocks.'  # what tokens come from
 
 
@@ -88,7 +88,7 @@ class TimmTower(nn.Module):
         return tokens, importance[:, -self.grid_size**2:]
 
     def _finish(self, x):
-        """A block's output [N, T, D] -> normalised tokens [N, L+1, D]: the class token or what stands for it, the patches."""
+        """A block's output [N, T, D] -> normalised tokens [N, L+1, D]: class token, or what stands for it, and patches."""
         x = self.model.norm(x)
         patches = x[:, -self.grid_size**2:]
         if isinstance(self.model.norm, nn.Identity):
@@ -220,7 +220,7 @@ def load_timm(name, grid_size, path='', **kwargs):
 
 
 def find_timm(name, path=''):
-    """timm's config of the model and weights ``name``; UserError if there are none to be had, with names that may be meant."""
+    """timm's config of the model and weights ``name``; UserError, with names that may be meant, if there are none."""
     where = f'--teacher {name}'
     if os.path.isfile(name):
         raise UserError(f'{where} is a file; name its model there and give the file by --teacher_path')

@@ -125,7 +125,7 @@ def bars(output_dir):
 
 def get_args_parser():
     parser = Parser('tools.demo.figure', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output_dir', default='demo_output', metavar='DIR')
+    parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo are')
     return parser
 
 

@@ -104,8 +104,8 @@ def print_table(results):
 
 def get_args_parser():
     parser = Parser('tools.demo.run', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output_dir', default='demo_output', metavar='DIR')
-    parser.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1))
+    parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo go')
+    parser.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1), metavar='N', help='of all draws')
     parser.add_argument('--quick', action='store_true', help='a few pictures and steps, to see that it works')
     return parser
 

@@ -160,8 +160,8 @@ def zero_shot(model, images, lines):
 
 def get_args_parser():
     parser = Parser('tools.demo.train_clip', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output_dir', default='demo_output', metavar='DIR')
-    parser.add_argument('--seed', type=bounded(int, 0, 2**63 - 1), default=0)
+    parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo go')
+    parser.add_argument('--seed', type=bounded(int, 0, 2**63 - 1), default=0, metavar='N', help='of all draws')
     parser.add_argument('--quick', action='store_true', help='a few steps')
     return parser
 
