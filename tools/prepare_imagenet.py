@@ -25,6 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of a script, Python adds only its own folder
 
 from util.errors import UserError  # noqa: E402
+from util.parser import Parser, bounded  # noqa: E402
 
 CHUNK = 1 << 20
 WNID = re.compile(r'n[0-9]{8}')
@@ -257,8 +258,7 @@ def finish(folder, expected):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f'error: {message} (--help lists the flags)\n')
+    parser = Parser('tools/prepare_imagenet.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--train_tar', metavar='FILE', help='ILSVRC2012_img_train.tar; without it, train/ is left alone')
     parser.add_argument('--val_tar', metavar='FILE', help='ILSVRC2012_img_val.tar; without it, val/ is left alone')
     labels = parser.add_mutually_exclusive_group()
@@ -267,7 +267,7 @@ def get_args_parser():
                         help="labels of val: a text file of lines 'ILSVRC2012_val_00000001.JPEG n01751748', or with the class's "
                         'place among the sorted ones of train, from 0, or just n01751748, in the order of the images')
     parser.add_argument('--output_dir', default='imagenet', metavar='DIR', help='receives train/ and val/ (default: %(default)s)')
-    parser.add_argument('--counts', nargs=3, type=int, default=[1000, 1281167, 50000], metavar=('CLASSES', 'TRAIN', 'VAL'),
+    parser.add_argument('--counts', nargs=3, type=bounded(int, 0), default=[1000, 1281167, 50000], metavar=('CLASSES', 'TRAIN', 'VAL'),
                         help='classes, and images of train and val, that there have to be (default: 1000 1281167 50000)')
     return parser
 

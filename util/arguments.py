@@ -1,7 +1,6 @@
 """What the scripts' command lines have in common."""
 
 import argparse
-import math
 import os
 import sys
 
@@ -12,22 +11,7 @@ from util import misc
 from util.checkpoint import resolve_resume
 from util.errors import UserError
 from util.lr_sched import absolute_lr
-
-
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line, and whose help tells the defaults."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{'formatter_class': _Formatter, **kwargs})
-
-    def error(self, message):
-        self.exit(2, f'error: {message} (--help lists the flags)\n')
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        nothing = any(action.default is value for value in (None, True, False, argparse.SUPPRESS)) or action.default == ''
-        return action.help if nothing or 'default' in action.help else super()._get_help_string(action)
+from util.parser import Parser, bounded  # noqa: F401
 
 
 class Device(argparse.Action):
@@ -36,20 +20,6 @@ class Device(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         namespace.device = values
         namespace.device_given = True
-
-
-def bounded(kind, low=None, high=None, open_high=False):
-    """An argparse type: a finite ``kind`` within [low, high], or [low, high) with ``open_high``."""
-    def convert(text):
-        value = kind(text)
-        below = high is None or (value < high if open_high else value <= high)
-        inside = math.isfinite(value) and (low is None or value >= low) and below
-        if not inside:
-            low_text, high_text = ('-inf' if low is None else low), ('inf' if high is None else high)
-            raise argparse.ArgumentTypeError(f'{text} is outside [{low_text}, {high_text}{")" if open_high else "]"}')
-        return value
-    convert.__name__ = kind.__name__  # argparse names the type in its message for text that is no number
-    return convert
 
 
 def add_common_arguments(parser, **defaults):

@@ -9,8 +9,12 @@ class UserError(Exception):
     """
 
     def __init__(self, message):
-        text = message if len(message) <= 2000 else f'{message[:2000]} ...'
-        super().__init__(''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text))
+        super().__init__(one_line(message))
+
+
+def one_line(text):
+    text = text if len(text) <= 2000 else f'{text[:2000]} ...'
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -19,6 +20,8 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 from tools.demo import patterns
+from util.errors import one_line
+from util.parser import Parser, bounded
 
 SIZE = 64  # pixels a side of a finished picture
 SCALE = 3  # pictures are drawn that many times larger, and smoothed by the reduction
@@ -158,12 +161,15 @@ def draw_split(output_dir, split, count, seed):
         f.writelines(json.dumps(line) + '\n' for line in lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def get_args_parser():
+    parser = Parser('tools.demo.draw', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo go')
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='of all draws')
+    parser.add_argument('--seed', type=bounded(int, 0, 2**63 - 1), default=0, metavar='N', help='of all draws')
     parser.add_argument('--quick', action='store_true', help='a tenth of the pictures')
-    args = parser.parse_args()
+    return parser
+
+
+def main(args):
     for split, count in (('train', 4500), ('val', 640)):
         count = count // 10 if args.quick else count
         draw_split(args.output_dir, split, count, args.seed)
@@ -171,4 +177,7 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main(get_args_parser().parse_args())
+    except OSError as e:
+        sys.exit(f'error: --output_dir cannot be written to: {one_line(str(e))}')

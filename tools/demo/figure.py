@@ -17,6 +17,8 @@ from models_milan import count_visible, patch_order
 from tools import visualize
 from tools.demo.draw import CLASSES
 from tools.demo.train_clip import load_split, normalise, prompt
+from util.misc import run
+from util.parser import Parser
 from util.seeding import sample_noise
 from util.visualize import first_patches, heat_over, hide, look
 
@@ -121,10 +123,13 @@ def bars(output_dir):
     plt.close(figure)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def get_args_parser():
+    parser = Parser('tools.demo.figure', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo are')
-    args = parser.parse_args()
+    return parser
+
+
+def main(args):
     masks(args.output_dir)
     text_query(args.output_dir)
     loss_curve(args.output_dir)
@@ -132,4 +137,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run(main, get_args_parser().parse_args())

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from tools.demo.draw import CLASSES
+from util.parser import Parser, bounded
 
 # everything the demo writes, and so may delete
 MADE = ('data', 'labelled', 'milan', 'mae', 'linear', 'finetune', 'captions_train.jsonl', 'captions_val.jsonl',
@@ -101,12 +102,15 @@ def print_table(results):
           'hand, and MAE from none.')
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def get_args_parser():
+    parser = Parser('tools.demo.run', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo go')
-    parser.add_argument('--seed', default=0, type=int, metavar='N', help='of all draws')
+    parser.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1), metavar='N', help='of all draws')
     parser.add_argument('--quick', action='store_true', help='a few pictures and steps, to see that it works')
-    args = parser.parse_args()
+    return parser
+
+
+def main(args):
     out, seed = Path(args.output_dir), ['--seed', args.seed]
     quick = ['--quick'] if args.quick else []
     common = ['--input_size', 64, '--device', 'cpu', '--num_workers', 2, *seed]
@@ -157,4 +161,4 @@ Demo finished in {time.time() - start:.0f} s. The results are in {out.resolve()}
 
 
 if __name__ == '__main__':
-    main()
+    main(get_args_parser().parse_args())

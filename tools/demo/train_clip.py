@@ -21,6 +21,9 @@ from tqdm import tqdm
 import clip
 from tools.demo.draw import CLASSES, SIZE
 from util.checkpoint import save_on_master
+from util.errors import as_user_error
+from util.misc import run
+from util.parser import Parser, bounded
 from util.pos_embed import get_2d_sincos_pos_embed
 
 # MILAN shows its teacher the student's images, which are normalised so (main_pretrain.py --teacher_norm imagenet).
@@ -48,7 +51,9 @@ def load_split(output_dir, split):
         images: uint8 [N, 3, SIZE, SIZE].
         lines: list of N dicts with file, caption and class.
     """
-    with open(os.path.join(output_dir, f'captions_{split}.jsonl'), encoding='utf-8') as f:
+    where = f'--output_dir {output_dir} does not hold what tools.demo.draw makes'
+    with as_user_error(where, OSError, ValueError), open(
+            os.path.join(output_dir, f'captions_{split}.jsonl'), encoding='utf-8') as f:
         lines = [json.loads(line) for line in f]
     pixels = np.stack([np.asarray(Image.open(os.path.join(output_dir, 'data', line['file']))) for line in lines])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), lines
@@ -153,12 +158,15 @@ def zero_shot(model, images, lines):
     return (guesses == truth).float().mean().item()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def get_args_parser():
+    parser = Parser('tools.demo.train_clip', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo go')
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='of all draws')
+    parser.add_argument('--seed', type=bounded(int, 0, 2**63 - 1), default=0, metavar='N', help='of all draws')
     parser.add_argument('--quick', action='store_true', help='a few steps')
-    args = parser.parse_args()
+    return parser
+
+
+def main(args):
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = build_clip()
@@ -176,4 +184,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run(main, get_args_parser().parse_args())
