@@ -268,7 +268,8 @@ def get_args_parser():
                         'place among the sorted ones of train, from 0, or just n01751748, in the order of the images')
     parser.add_argument('--output_dir', default='imagenet', metavar='DIR', help='receives train/ and val/ (default: %(default)s)')
     parser.add_argument('--counts', nargs=3, type=bounded(int, 0), default=[1000, 1281167, 50000],
-                        metavar=('CLASSES', 'TRAIN', 'VAL'), help='classes, and images of train and val, that there have to be (default: 1000 1281167 50000)')
+                        metavar=('CLASSES', 'TRAIN', 'VAL'),
+                        help='classes, and images of train and val, that there have to be (default: 1000 1281167 50000)')
     return parser
 
 
