@@ -20,15 +20,15 @@ BOXES = {
     'clip/': (40, 25, 17, 9, ["OpenAI's CLIP:", 'both towers, tokenizer']),
     'tools/': (61, 25, 42, 9, [
         'prepare_imagenet.py   download.py   export.py   benchmark.py',
-        'benchmark_step.py   knn.py   segment.py   visualize.py   demo/']),
+        'benchmark_step.py   knn.py   segment.py   visualize.py   slurm.py   demo/']),
     'data: files to batches': (1, 1, 23, 19, [
         'util/loader.py', 'util/datasets.py', 'util/images.py', 'util/crop.py', 'util/folder.py']),
     'formulas': (27, 1, 20, 19, ['util/lr_sched.py', 'util/lr_decay.py', 'util/lars.py', 'util/pos_embed.py']),
     'checkpoints': (50, 1, 22, 19, [
         'util/checkpoint.py', 'util/formats.py', 'util/integrity.py', 'util/torchscript.py', 'util/download.py']),
     'what every run needs': (75, 1, 28, 19, [
-        'util/arguments.py   util/errors.py', 'util/misc.py   util/seeding.py', 'util/distributed.py   util/logs.py',
-        'util/interruption.py', 'util/provenance.py']),
+        'util/arguments.py   util/parser.py', 'util/misc.py   util/errors.py', 'util/distributed.py   util/logs.py',
+        'util/interruption.py   util/seeding.py', 'util/provenance.py']),
 }
 ARROWS = {  # caller: called. The row at the bottom is called from all that is above it.
     'main_pretrain.py': ['engine_pretrain.py', 'models_milan.py', 'util/teacher.py'],

@@ -50,9 +50,18 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, is
     last whole one, and the file keeps to its first name.
 
     Raises:
-        UserError: it cannot be written, or the weights are not finite. The earlier files stay as they are.
+        UserError: it cannot be written, or the weights are not finite, or at the end of the run the last steps were left out for
+            that. The earlier files stay as they are.
     """
     if not args.output_dir or not is_main_process():
+        return
+    skipped = int(loss_scaler.skipped)
+    if skipped > 1:  # one is what loss scaling does now and then; before several, a step may have broken the weights
+        what = f'the last {skipped} steps had gradients that are not finite'
+        if epoch + 1 == args.epochs:
+            raise UserError(f'nothing is saved at the end: {what}; resume from the last checkpoint with a lower --blr, or with '
+                            '--amp fp32')
+        print(f'Not saved: {what}', file=sys.stderr)
         return
     if not all(p.isfinite().all() for p in model_without_ddp.parameters()):  # the loss was that before the last step
         raise UserError(f'the weights are no longer finite after epoch {epoch}, and are not saved; resume from the last '
