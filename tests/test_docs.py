@@ -148,8 +148,10 @@ def message_patterns():
 
 def is_printed(text, patterns):
     """Whether ``text`` is one of the code's strings; what stands for a value in it may be anything shorter than a sentence."""
-    return any(all(is_printed(value.strip(': '), patterns) for value in match.groups() if value and sum(map(str.isalpha, value.split())) > 3)
-               for match in (pattern.fullmatch(text) for pattern in patterns) if match)
+    def sentence(value):
+        return len(re.findall(r'\b[a-z]{3,}\b', value or '')) > 3
+    matches = filter(None, (pattern.fullmatch(text) for pattern in patterns))
+    return any(all(is_printed(value.strip(': '), patterns) for value in filter(sentence, match.groups())) for match in matches)
 
 
 def test_quoted_messages_are_those_of_the_code():
