@@ -19,7 +19,7 @@ def get_args_parser():
     parser = Parser('main_linprobe.py', description=__doc__, conflict_handler='resolve')
     add_classifier_arguments(
         parser, MODELS, batch_size=512, epochs=90, weight_decay=0.0, blr=0.1, warmup_epochs=10, num_workers=10)
-    group = parser.add_argument_group('linear probing')
+    group = parser.add_argument_group('probing')
     group.add_argument('--probe', default='linear', choices=PROBES,
                        help='linear: batch norm and a linear classifier, trained by LARS; attentive: a query that attends to '
                             'the patch tokens before it, trained by AdamW')

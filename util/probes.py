@@ -1,4 +1,4 @@
-"""What main_linprobe.py trains on frozen features: one head, or several at rates of their own in the same pass."""
+"""A frozen encoder, and what main_linprobe.py trains on it: a head, or several at rates of their own in the same pass."""
 
 import argparse
 import copy
