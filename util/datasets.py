@@ -162,7 +162,7 @@ def _open_folder(is_train, args):
 
 def check_data_flags(args):
     """UserError where --data_path or --dataset cannot be meant; whether the data is there is for the machine that reads it."""
-    if not args.dataset:
+    if not getattr(args, 'dataset', ''):  # not every tool has that flag
         if not args.data_path:
             raise UserError('--data_path is missing: give the folder that holds train/ and val/, a folder a class in each')
         return

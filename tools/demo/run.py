@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from tools.demo.draw import CLASSES
+from util.errors import one_line
 from util.parser import Parser, bounded
 
 # everything the demo writes, and so may delete
@@ -161,4 +162,7 @@ Demo finished in {time.time() - start:.0f} s. The results are in {out.resolve()}
 
 
 if __name__ == '__main__':
-    main(get_args_parser().parse_args())
+    try:
+        main(get_args_parser().parse_args())
+    except OSError as e:
+        sys.exit(f'error: --output_dir cannot be written to: {one_line(str(e))}')
