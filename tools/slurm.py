@@ -30,6 +30,8 @@ from util.errors import UserError, as_user_error  # noqa: E402
 from util.interruption import SIGNALS, STATUS  # noqa: E402
 from util.misc import run  # noqa: E402
 
+SIGNAL = 'USR1'  # which the scripts know; submitit's own, USR2, would end their loader workers
+
 SCRIPTS = {'pretrain': 'main_pretrain', 'finetune': 'main_finetune', 'linprobe': 'main_linprobe'}
 
 
@@ -103,14 +105,14 @@ def comes_back(job, received):
 
 def get_args_parser():
     parser = Parser('tools/slurm.py', description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
-                    usage='python tools/slurm.py SCRIPT [flags] -- [flags of SCRIPT]')
+                    usage='python tools/slurm.py SCRIPT [flags] -- [flags of SCRIPT]',
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('script', choices=SCRIPTS, metavar='SCRIPT', help=', '.join(SCRIPTS))
     parser.add_argument('--nodes', default=1, type=bounded(int, 1), help='machines (default: 1)')
     parser.add_argument('--gpus', '--ngpus', default=8, type=bounded(int, 1), metavar='N',
                         help='GPUs and processes a node; processes alone with --device cpu behind the -- (default: 8)')
-    parser.add_argument('--hours', default=24.0,
-                        type=bounded(float, 0.1), help='time limit, after which the job comes back (default: 24)')
+    parser.add_argument('--hours', default=24.0, type=bounded(float, 0.1),
+                        help='time limit, after which the job comes back (default: 24)')
     parser.add_argument('--partition', metavar='NAME', help="default: the cluster's")
     parser.add_argument('--cpus', default=10, type=bounded(int, 1), metavar='N', help='cores a process (default: 10)')
     parser.add_argument('--mem_gb', type=bounded(float, 0), metavar='GB', help="memory a node; default: the cluster's")
@@ -126,6 +128,16 @@ def get_args_parser():
                         help='local: here and now, to try a command out (default: slurm)')
     parser.add_argument('--dry_run', action='store_true', help='check and print, and submit nothing')
     return parser
+
+
+def parse(words):
+    """The options of a command line; in .flags what stands behind the first --."""
+    parser, at = get_args_parser(), [*words, '--'].index('--')
+    options, unknown = parser.parse_known_args(words[:at])
+    if unknown:
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}; flags of the script stand behind --')
+    options.flags = words[at + 1:]
+    return options
 
 
 def check(args, options):
@@ -150,16 +162,16 @@ def parameters(options, on_gpu):
     return {'name': options.job_name or options.script, 'nodes': options.nodes, 'tasks_per_node': options.gpus,
             'gpus_per_node': options.gpus if on_gpu else None, 'cpus_per_task': options.cpus, 'mem_gb': options.mem_gb,
             'timeout_min': round(60 * options.hours), 'stderr_to_stdout': True, 'slurm_partition': options.partition,
-            'slurm_signal_delay_s': options.save_seconds, 'slurm_additional_parameters': {'requeue': True, **extra}}
+            'slurm_additional_parameters': {'requeue': True, 'signal': f'{SIGNAL}@{options.save_seconds}', **extra}}
 
 
 def submit(options, command, on_gpu, folder):
     """The submitit.Job of ``command``, a list of words."""
-    os.environ['SUBMITIT_PREEMPT_SIGNAL'] = 'USR1'  # the one that the scripts know; submitit's own would end the loader's workers
+    os.environ['SUBMITIT_PREEMPT_SIGNAL'] = SIGNAL  # read where submitit is imported, by the processes of the job too
     with as_user_error('this needs a package that is not here: pip install submitit', ImportError):
         import submitit
-    if options.cluster == 'slurm' and shutil.which('sbatch') is None:
-        raise UserError('there is no sbatch here: log in where jobs are submitted, or try the command out with --cluster local')
+    if options.cluster == 'slurm' and shutil.which('srun') is None:
+        raise UserError('there is no Slurm here: log in where jobs are submitted, or try the command out with --cluster local')
     words = io.StringIO()  # sbatch's own, which submitit prints and then raises
     try:
         executor = submitit.AutoExecutor(folder, cluster=options.cluster,
@@ -188,17 +200,18 @@ def main(options):
     check(args, options)
 
     args.world_size = options.nodes * options.gpus
-    print(f'{SCRIPTS[options.script]}.py on {options.nodes} node(s) with {options.gpus} {"GPU" if on_gpu else "process"}(s) each')
-    set_learning_rate(args)
+    name, kind = SCRIPTS[options.script], 'GPU' if on_gpu else 'process'
+    print(f'{name}.py on {options.nodes} node(s) with {options.gpus} {kind}(s) each')
+    for rate in args.blr if isinstance(args.blr, list) else [args.blr]:  # main_linprobe.py takes several
+        set_learning_rate(argparse.Namespace(**{**vars(args), 'blr': rate}))
     if options.cluster == 'slurm':
-        folders = [os.path.abspath(folder) for folder in (args.output_dir, args.data_path, ROOT) if folder]
-        print(f'All nodes have to see {", ".join(folders)}')
+        print(f'All nodes have to see {os.path.abspath(args.output_dir)}, {ROOT}, and the files that the flags name')
     if not evaluates and glob.glob(os.path.join(glob.escape(args.output_dir), 'checkpoint-*.pth')):
         print(f'{args.output_dir} has checkpoints: the job goes on from the newest of them')
     if options.dry_run:
         return
 
-    command = [sys.executable, '-u', os.path.join(ROOT, f'{SCRIPTS[options.script]}.py'), *options.flags]
+    command = [sys.executable, '-u', os.path.join(ROOT, f'{name}.py'), *options.flags]
     if not evaluates:
         command += ['--resume', 'auto']
     if on_gpu and not given and options.cluster == 'slurm':
@@ -210,11 +223,4 @@ def main(options):
 
 
 if __name__ == '__main__':
-    words = sys.argv[1:]
-    at = words.index('--') if '--' in words else len(words)
-    parser = get_args_parser()
-    options, unknown = parser.parse_known_args(words[:at])
-    if unknown:
-        parser.error(f'unrecognized arguments: {" ".join(unknown)}; flags of the script stand behind --')
-    options.flags = words[at + 1:]
-    run(main, options)
+    run(main, parse(sys.argv[1:]))
