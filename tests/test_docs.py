@@ -142,7 +142,7 @@ def message_patterns():
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
-            if all(isinstance(text, str | None) for text in texts) and sum(len(text or '') for text in texts) >= 20:
+            if all(isinstance(text, str | None) for text in texts) and sum(len(text or '') for text in texts) >= 10:
                 yield re.compile(''.join('(.*)' if text is None else re.escape(text) for text in texts) + '(?:: (.+))?')
 
 
