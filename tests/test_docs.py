@@ -166,7 +166,9 @@ def test_quoted_messages_are_those_of_the_code():
 
 def test_flags_in_the_pages_exist():
     known = set().union(*map(test_readme.flags, test_readme.SCRIPTS + test_readme.TOOLS))
-    known |= {'--nproc_per_node', '--standalone', '--use_env', '--master_port', '--logdir', '--ipc', '--shm-size'}  # others' own
+    known |= {'--nproc_per_node', '--standalone', '--use_env', '--master_port', '--logdir', '--ipc', '--shm-size', '--nnodes',
+              '--rdzv_backend', '--rdzv_endpoint', '--rdzv_id', '--max-restarts', '--cpus-per-task', '--gpus-per-node',
+              '--ntasks-per-node', '--open-mode', '--requeue', '--signal', '--time'}  # others' own
     for path in PAGES:
         page = re.sub(r'\]\([^)]*\)', '', path.read_text())
         assert set(re.findall(r'(?<![\w-])--[a-z][\w-]+', page)) <= known, path.name

@@ -124,7 +124,7 @@ WRONG = {
     'classes': (['--nb_classes', 1000], 'has 3 classes; give --nb_classes 3'),
     'no neighbour': (['--k', 0], '--k: 0 is outside'),
     'temperature': (['--temperature', 0], '--temperature: 0 is outside'),
-    'size': (['--input_size', 36], '--input_size 36: the image size 36 is not a multiple'),
+    'size': (['--input_size', 36], '--input_size 36 is not a multiple'),
     'json': (['--json', 'no/such/folder.json'], '--json no/such/folder.json cannot be written'),
     'too many unreadable': (['--max_bad_images', 0], '--max_bad_images'),
 }

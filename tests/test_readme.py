@@ -9,12 +9,12 @@ import main_linprobe
 import main_pretrain
 import models_milan
 import models_vit
-from tools import benchmark, download, export, knn, prepare_imagenet, segment, visualize
+from tools import benchmark, download, export, knn, prepare_imagenet, segment, slurm, visualize
 
 README = (ROOT / 'README.md').read_text()
 FLAGS = (ROOT / 'docs' / 'flags.md').read_text()
 SCRIPTS = main_pretrain, main_finetune, main_linprobe
-TOOLS = benchmark, download, export, knn, prepare_imagenet, segment, visualize
+TOOLS = benchmark, download, export, knn, prepare_imagenet, segment, slurm, visualize
 
 
 def flags(module):
@@ -28,7 +28,7 @@ def test_every_flag_is_in_a_table():
 
 def test_every_flag_of_the_commands_exists():
     known = set().union(*map(flags, SCRIPTS + TOOLS))
-    known |= {'--nproc_per_node', '--use_env', '--logdir'}  # the launchers' and TensorBoard's
+    known |= {'--nproc_per_node', '--use_env', '--logdir', '--max-restarts'}  # the launchers' and TensorBoard's
     code = '\n'.join(re.findall(r'^    .*', README, re.MULTILINE) + re.findall('`[^`]+`', README))
     assert set(re.findall(r'--[a-z_]+', code)) <= known
 

@@ -27,6 +27,8 @@ from util.arguments import (  # noqa: E402
     add_encoder_arguments,
     add_process_arguments,
     bounded,
+    check_checkpoint,
+    check_sizes,
     setup,
 )
 from util.datasets import build_dataset, build_linprobe_transform, check_classes, normalise  # noqa: E402
@@ -164,6 +166,8 @@ def get_args_parser():
 
 
 def main(args):
+    check_sizes(args, MODELS)
+    check_checkpoint(args)
     device = setup(args)
     train, val = build_sets(args)
     model = build_encoder(args).to(device)

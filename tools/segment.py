@@ -132,6 +132,8 @@ def get_args_parser():
 
 
 def main(args):
+    arguments.check_sizes(args, MODELS)
+    arguments.check_checkpoint(args)
     device = arguments.setup(args)
     if args.world_size > 1:
         raise UserError('tools/segment.py runs as one process; start it without torchrun')

@@ -108,10 +108,10 @@ def get_args_parser():
                     usage='python tools/slurm.py SCRIPT [flags] -- [flags of SCRIPT]',
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('script', choices=SCRIPTS, metavar='SCRIPT', help=', '.join(SCRIPTS))
-    parser.add_argument('--nodes', default=1, type=bounded(int, 1), help='machines (default: 1)')
+    parser.add_argument('--nodes', default=1, type=bounded(int, 1), metavar='N', help='machines (default: 1)')
     parser.add_argument('--gpus', '--ngpus', default=8, type=bounded(int, 1), metavar='N',
                         help='GPUs and processes a node; processes alone with --device cpu behind the -- (default: 8)')
-    parser.add_argument('--hours', default=24.0, type=bounded(float, 0.1),
+    parser.add_argument('--hours', default=24.0, type=bounded(float, 0.1), metavar='H',
                         help='time limit, after which the job comes back (default: 24)')
     parser.add_argument('--partition', metavar='NAME', help="default: the cluster's")
     parser.add_argument('--cpus', default=10, type=bounded(int, 1), metavar='N', help='cores a process (default: 10)')
