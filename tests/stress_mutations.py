@@ -214,6 +214,8 @@ def change_value(rng, checkpoint, mark):
                         state, checkpoint['scaler'], vars(checkpoint['args'])])
     name = rng.choice([*place, 'more', 'scale']) if place else 'scale'
     value = rng.choice(VALUES)
+    if name == 'step' and isinstance(value, torch.Tensor):  # any count of steps is as good as the true one
+        value = -1.0
     place[name] = value
     return f'{name} = {type(value).__name__}'
 

@@ -243,6 +243,8 @@ WRONG_VALUES = {
     'not a number': (['--epochs', 'many'], "invalid int value: 'many'"),
     'unknown flag': (['--maskratio', '1'], '--maskratio'),
     'no value': (['--epochs'], '--epochs'),
+    'dashes for a value': (['--lr=--'], '--lr=--: -- is no value'),
+    'a line end in a word': (['--x\ny'], 'unrecognized arguments: --x\\ny'),
 }
 
 

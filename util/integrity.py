@@ -212,6 +212,8 @@ def check_training_state(checkpoint, optimizer):
             raise ValueError('the state of a parameter has gaps')
         for name, value in kept.items():
             _check_kept(name, value, params[i])
+        if 'step' in kept and (kept['step'] < 0 or float(kept['step']) % 1):
+            raise ValueError('the steps of a parameter are no count')
 
 
 def _check_kept(name, value, parameter):

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 
 from util.errors import one_line
 
@@ -11,6 +12,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{'formatter_class': _Formatter, **kwargs})
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith('--') and word.endswith('=--'):  # of which older Python makes an empty list
+                self.error(f'{word}: -- is no value')
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f'error: {one_line(message)} (--help lists the flags)\n')
