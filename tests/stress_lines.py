@@ -41,13 +41,8 @@ CHECKPOINTS = (files('pretrained.pth milan.pth plain.safetensors older.pth'),
                files('classifier.pth probe.pth cut.pth text.pth empty.pth foreign.pth clip.pt folder pipe a.png nan.pth '
                      'strange.pth'))
 FOLDERS = (['out', 'new/deep/er', 'ü n', 'FILE:folder'],
-<<<<<<< HEAD
-           [*files('text.pth text.pth/x'), '/proc/x', '/sys/x', '/dev/null', '/dev/null/x', 'n' * 300, f'{"x" * 200}/' * 30,
-            '', '..', '\n'])
-=======
            [*files('text.pth text.pth/x'), '/proc/x', '/sys/x', '/dev/null', '/dev/null/x', 'n' * 300,
             ('x' * 200 + '/') * 30, '', '..', '\n'])
->>>>>>> hostile
 OUTPUTS = ['/dev/full', '/dev/null/x', 'no/folder/x', 'FILE:folder', 'n' * 300, '..', '/proc/self/mem']
 VALUES = {
     'input_size': ('32 16 40 64 8'.split(), '1 4 33 0 4097'.split()),

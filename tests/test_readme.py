@@ -30,7 +30,7 @@ def test_every_flag_of_the_commands_exists():
     known = set().union(*map(flags, SCRIPTS + TOOLS))
     known |= {'--nproc_per_node', '--use_env', '--logdir', '--max-restarts'}  # the launchers' and TensorBoard's
     code = '\n'.join(re.findall(r'^    .*', README, re.MULTILINE) + re.findall('`[^`]+`', README))
-    assert set(re.findall(r'--[a-z_]+', code)) <= known
+    assert set(re.findall(r'--[a-z][a-z_-]+', code)) <= known
 
 
 def test_every_model_is_named():
