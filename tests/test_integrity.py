@@ -251,6 +251,7 @@ def resumable():
     (['optimizer', 'param_groups', 0], 'eps', float('nan')), (['optimizer', 'param_groups', 0], 'weight_decay', 10**400),
     (['optimizer', 'state'], 7, {}), (['optimizer', 'state'], 0, {}), (['optimizer', 'state', 0], 'exp_avg', 'x'),
     (['optimizer', 'state', 0], 'exp_avg', torch.zeros(4, 3)), (['optimizer', 'state', 0], 'step', [1]),
+    (['optimizer', 'state', 0], 'exp_avg', 0.5), (['optimizer', 'state', 0], 'exp_avg', torch.tensor(0.5)),
     (['optimizer', 'state', 0], 'step', 1.5), (['optimizer', 'state', 0], 'step', torch.tensor(-1.0)),
     (['optimizer', 'state', 0], 'exp_avg', torch.zeros(()).expand(3, 4)),
     (['optimizer', 'state', 0], 'exp_avg', torch.zeros(3, 4).int())])

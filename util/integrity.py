@@ -207,24 +207,26 @@ def check_training_state(checkpoint, optimizer):
                 raise ValueError(f'its option {name} is missing or out of range')
     params = dict(zip((i for group in groups for i in group['params']),
                       (p for group in optimizer.param_groups for p in group['params'])))
+    needed = _KEPT.get(type(optimizer).__name__, set())
     for i, kept in state.items():
-        if i not in params or not _KEPT.get(type(optimizer).__name__, set()) <= kept.keys():
+        if i not in params or not needed <= kept.keys():
             raise ValueError('the state of a parameter has gaps')
         for name, value in kept.items():
-            _check_kept(name, value, params[i])
-        if 'step' in kept and (kept['step'] < 0 or float(kept['step']) % 1):
+            _check_kept(name, value, params[i], name in needed and name != 'step')
+        steps = torch.as_tensor(kept.get('step', 0)).detach()
+        if steps.ndim or steps < 0 or steps % 1:
             raise ValueError('the steps of a parameter are no count')
 
 
-def _check_kept(name, value, parameter):
-    """ValueError unless an optimiser can keep ``value`` of ``parameter``: a number, or a tensor of its shape."""
+def _check_kept(name, value, parameter, whole):
+    """ValueError unless an optimiser can keep ``value`` of ``parameter``: a tensor of its shape; a number if not ``whole``."""
     if not isinstance(value, torch.Tensor):
-        if not _alike(0.0, value):
+        if whole or not _alike(0.0, value):
             raise ValueError(f'{name} of a parameter is a {type(value).__name__}, or out of range')
         return
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # expanded, and not to be written to
         raise ValueError(f'{name} of a parameter has fewer numbers than its shape says')
-    if not value.is_floating_point() or value.ndim and value.shape != parameter.shape:
+    if not value.is_floating_point() or (whole or value.ndim) and value.shape != parameter.shape:
         raise ValueError(f'{name} of shape {list(value.shape)} for a parameter of shape {list(parameter.shape)}')
 
 
