@@ -37,6 +37,8 @@ def get_args_parser():
                        help='share of patches hidden from the encoder')
     group.add_argument('--norm_pix_loss', action='store_true',
                        help='without a teacher: normalise the pixels of each target patch')
+    group.add_argument('--pixel_target', action='store_true',
+                       help='predict pixels all the same: the teacher of --use_clip only chooses the visible patches')
     group.add_argument('--average_targets', default=1, type=bounded(int, 1), metavar='K',
                        help="target: mean over the teacher's last K blocks")
 
@@ -63,21 +65,28 @@ def check(args):
     check_teacher(args)
     if args.attn_mask and not args.use_clip:
         raise UserError('--attn_mask needs the teacher that --use_clip brings; give both or neither')
+    if args.pixel_target and not args.attn_mask:
+        raise UserError('--pixel_target leaves the teacher nothing to do without --attn_mask; for pixels and uniform masking '
+                        'leave out --use_clip')
     if args.vis_every and not args.log_dir:
         raise UserError('--vis_every draws into TensorBoard: give --log_dir, the folder of its events')
     patches = check_sizes(args, MODELS)
     visible = count_visible(patches, args.mask_ratio)
-    if visible == 0 or (visible == patches and not args.use_clip):
+    if visible == 0 or (visible == patches and not predicts_features(args)):
         raise UserError(f'--mask_ratio {args.mask_ratio} leaves {visible} of {patches} patches visible; '
                         'there is nothing to learn from')
     check_checkpoint(args)
 
 
-def build_model(args, teacher):
+def predicts_features(args):
+    return args.use_clip and not args.pixel_target
+
+
+def build_model(args, target_dim):
     """The model of the flags, as large as the images and as wide as the teacher's features."""
     return MODELS[args.model](
-        img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=args.use_clip, attn_mask=args.attn_mask,
-        change_decoder=args.change_decoder, target_dim=teacher.dim if teacher else None)
+        img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=predicts_features(args), attn_mask=args.attn_mask,
+        change_decoder=args.change_decoder, target_dim=target_dim)
 
 
 def build_training(args, device):
@@ -86,7 +95,7 @@ def build_training(args, device):
     patch_size = MODELS[args.model].keywords['patch_size']
     teacher = build_teacher(args, args.input_size // patch_size, device) if args.use_clip else None
     with seeded('weights', args.seed):
-        model_without_ddp = build_model(args, teacher).to(device)
+        model_without_ddp = build_model(args, teacher.dim if teacher else None).to(device)
     if args.compile:
         model_without_ddp.compile()
     model = distribute(args, model_without_ddp, device)

@@ -18,9 +18,10 @@ BOXES = {
     'models_vit.py': (84, 37.5, 19, 11.5, ["the classifier: timm's ViT", 'probes on top of it:', 'util/probes.py']),
     'util/teachers_timm.py': (20.5, 25, 17, 9, ['any ViT of timm', 'as a teacher']),
     'clip/': (40, 25, 17, 9, ["OpenAI's CLIP:", 'both towers, tokenizer']),
-    'tools/': (61, 25, 42, 9, [
-        'prepare_imagenet.py   download.py   export.py   benchmark.py',
-        'benchmark_step.py   knn.py   segment.py   visualize.py   slurm.py   demo/']),
+    'tools/': (61, 25, 42, 11.5, [
+        'prepare_imagenet.py   download.py   export.py   slurm.py   knn.py',
+        'benchmark.py   benchmark_step.py   ablation.py   ablation_report.py',
+        'segment.py   visualize.py   demo/']),
     'data: files to batches': (1, 1, 23, 19, [
         'util/loader.py', 'util/datasets.py', 'util/images.py', 'util/crop.py', 'util/folder.py']),
     'formulas': (27, 1, 20, 19, ['util/lr_sched.py', 'util/lr_decay.py', 'util/lars.py', 'util/pos_embed.py']),

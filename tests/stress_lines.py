@@ -29,12 +29,13 @@ PROGRAMS = {
     'tools/slurm.py': (3, ['pretrain', '--dry_run'], ['--', '--data_path', 'FILE:data', '--output_dir', 'out']),
     'tools/download.py': (2, ['--output_dir', 'out'], []),
     'tools/benchmark.py': (1, ['nothing'], []),
+    'tools/ablation.py': (1, ['--data_path', 'FILE:data', '--report'], []),  # without --report it could begin a download
     'tools.demo.draw': (1, ['--quick'], []),
     'tools.demo.figure': (1, [], []),
     'tools.demo.train_clip': (1, ['--quick'], []),
     'tools.demo.run': (1, [], ['--output_dir', 'FILE:text.pth']),
 }
-KEPT = '--model', '--input_size', '--batch_size', '--epochs', '--quick', '--dry_run'  # without which it would take long
+KEPT = '--model', '--input_size', '--batch_size', '--epochs', '--quick', '--dry_run', '--report'  # else it would take long
 
 # For flags that name something, and those of which most values would take long: good values, and bad ones.
 CHECKPOINTS = (files('pretrained.pth milan.pth plain.safetensors older.pth'),

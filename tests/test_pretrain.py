@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import launch, pretrain, run, torchrun
+from conftest import launch, pretrain, run, script, torchrun
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.optim import param_groups_weight_decay
@@ -201,6 +201,17 @@ def test_image_modes(milan_flags, tmp_path):
     assert '24 images' in result.stdout and 'cannot be read' not in result.stderr
 
 
+def test_pixels_with_the_teachers_masks(milan_flags, small_images, tmp_path):
+    """--pixel_target: the teacher chooses the visible patches and gives nothing else; looked at, the checkpoint shows both."""
+    result = pretrain(*milan_flags, '--pixel_target', '--epochs', 1)
+    assert result.returncode == 0, result.stderr
+    file = tmp_path / 'out' / 'checkpoint-last.pth'
+    assert checkpoint(file)['model']['decoder_pred.weight'].shape[0] == 8 * 8 * 3
+    picture = next((small_images / 'train').rglob('*.png'))
+    result = script('tools.visualize')(file, picture, '--output_dir', tmp_path)
+    assert result.returncode == 0 and 'Left out' not in result.stdout, result.stdout + result.stderr
+
+
 WRONG = {
     'no data path': ([], ['--data_path', None], '--data_path is missing'),
     'wrong value': (['--mask_ratio', 1], [], '1 is outside [0, 1)'),
@@ -210,6 +221,7 @@ WRONG = {
     'no classes': ([], ['--data_path', 'NO_CLASSES'], 'no class folders'),
     'nothing visible': (['--mask_ratio', 0.99], [], 'leaves 0 of 64 patches visible'),
     'mask without teacher': ([], ['--use_clip', None], '--attn_mask needs the teacher'),
+    'teacher without use': (['--pixel_target'], ['--attn_mask', None], '--pixel_target leaves the teacher nothing to do'),
     'teacher absent': (['--clip_path', 'nowhere.pt'], [], "neither a file nor one of CLIP's names"),
     'teacher not a clip': (['--clip_path', __file__], [], 'cannot be read as a CLIP checkpoint'),
     'teacher of another size': (['--input_size', 32], [], 'the teacher'),

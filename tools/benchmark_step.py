@@ -211,7 +211,7 @@ def flop_per_image(args):
     visual = clip.load(args.clip_path, 'cpu')[0].visual.to('meta')
     with torch.device('meta'), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         teacher = Teacher(visual, args.teacher_norm, args.average_targets)
-        model = build_model(args, teacher)
+        model = build_model(args, teacher.dim)
         images, noise = torch.empty(2, 3, args.input_size, args.input_size), torch.rand(2, model.patch_embed.num_patches)
         target = teacher(images)
         model(images, args.mask_ratio, target, patch_order(noise, target[1]), loss_only=True)[0].backward()

@@ -34,7 +34,7 @@ PROBE = ('head.0.running_mean', 'head.0.running_var', 'head.1.weight', 'head.1.b
 
 # The flags that say what the weights are. A file that is passed on need not tell of its owner's folders.
 TOLD = ('model', 'input_size', 'nb_classes', 'global_pool', 'global_pool_wcls', 'mask_ratio', 'use_clip', 'change_decoder',
-        'attn_mask', 'norm_pix_loss', 'average_targets', 'teacher_norm')
+        'attn_mask', 'pixel_target', 'norm_pix_loss', 'average_targets', 'teacher', 'teacher_norm')
 
 
 # ---- the weights ----

@@ -90,10 +90,7 @@ def build_whole(settings, state_dict, where):
         raise UserError(f'{where} {said}: give --model, and --use_clip, --change_decoder, --attn_mask, --norm_pix_loss as it '
                         f'was trained; the models are {", ".join(MODELS)}')
     with as_user_error(f'{where}, --model {settings.model}', ValueError, TypeError):
-        model = MODELS[settings.model](
-            img_size=settings.input_size, norm_pix_loss=settings.norm_pix_loss, use_clip=settings.use_clip,
-            attn_mask=settings.attn_mask, change_decoder=settings.change_decoder,
-            target_dim=state_dict['decoder_pred.weight'].shape[0])
+        model = main_pretrain.build_model(settings, state_dict['decoder_pred.weight'].shape[0])
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as e:
@@ -284,6 +281,7 @@ def get_args_parser():
     group.add_argument('--teacher_path', metavar='FILE', help='its weights')
     group.add_argument('--teacher_norm', choices=['imagenet', 'own'], help="what normalises the teacher's input")
     for name, text in (('use_clip', "it predicts the teacher's features"),
+                       ('pixel_target', 'or pixels, with the masks of its teacher'),
                        ('change_decoder', 'it has the prompting decoder'),
                        ('attn_mask', 'predict from patches drawn by importance'),
                        ('norm_pix_loss', 'its pixels are normalised per patch')):

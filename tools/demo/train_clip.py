@@ -116,11 +116,15 @@ def prompt(name):
     return f'a {name} shape'
 
 
-def train(model, images, lines, steps, generator):
-    """AdamW with warm-up and a cosine to zero. Every other batch, on average, has captions that name nothing but the class."""
-    full = clip.tokenize([line['caption'] for line in lines], CONTEXT)
-    full_mirrored = clip.tokenize([mirrored(line['caption']) for line in lines], CONTEXT)
-    short = clip.tokenize([prompt(line['class']) for line in lines], CONTEXT)
+def train(model, images, captions, short, steps, generator):
+    """AdamW with warm-up and a cosine to zero.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+        captions: N texts; of a mirrored picture, left and right change places in them.
+        short: N texts that name nothing but the class. Every other batch, on average, learns from them.
+    """
+    full, full_mirrored, short = [clip.tokenize(texts, CONTEXT) for texts in (captions, list(map(mirrored, captions)), short)]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{'params': matrices, 'weight_decay': 0.05}, {'params': others, 'weight_decay': 0}]
@@ -150,12 +154,18 @@ def train(model, images, lines, steps, generator):
 
 
 @torch.no_grad()
-def zero_shot(model, images, lines):
-    """Share of pictures nearer to their own class's caption than to any other class's, in [0, 1]."""
-    prompts = clip.tokenize([prompt(name) for name in CLASSES], CONTEXT)
-    guesses = torch.cat([model(normalise(part), prompts)[0].argmax(dim=1) for part in images.split(200)])
-    truth = torch.tensor([list(CLASSES).index(line['class']) for line in lines])
-    return (guesses == truth).float().mean().item()
+def zero_shot(model, images, classes, prompts):
+    """Share of pictures [N, 3, SIZE, SIZE] of classes [N] nearer to their own class's prompt than to others, in [0, 1]."""
+    ids = clip.tokenize(prompts, CONTEXT)
+    guesses = torch.cat([model(normalise(part), ids)[0].argmax(dim=1) for part in images.split(200)])
+    return (guesses == classes).float().mean().item()
+
+
+def save(model, path):
+    """The CLIP as a file for --clip_path, in the format of OpenAI's state dicts."""
+    sizes = {'input_resolution': SIZE, 'context_length': CONTEXT, 'vocab_size': model.vocab_size}
+    state_dict = {name: p.half() if p.ndim > 1 else p for name, p in model.state_dict().items()}
+    save_on_master({**state_dict, **{name: torch.tensor(size) for name, size in sizes.items()}}, path)
 
 
 def get_args_parser():
@@ -170,14 +180,17 @@ def main(args):
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = build_clip()
-    train(model, *load_split(args.output_dir, 'train'), 20 if args.quick else 600, generator)
+    images, lines = load_split(args.output_dir, 'train')
+    captions, short = [line['caption'] for line in lines], [prompt(line['class']) for line in lines]
+    train(model, images, captions, short, 20 if args.quick else 600, generator)
 
-    sizes = {'input_resolution': SIZE, 'context_length': CONTEXT, 'vocab_size': model.vocab_size}
-    state_dict = {name: p.half() if p.ndim > 1 else p for name, p in model.state_dict().items()}
     path = os.path.join(args.output_dir, 'clip_demo.pth.tar')
-    save_on_master({**state_dict, **{name: torch.tensor(size) for name, size in sizes.items()}}, path)
+    save(model, path)
     model, _ = clip.load(path, 'cpu')
-    accuracy = zero_shot(model, *load_split(args.output_dir, 'val'))
+    images, lines = load_split(args.output_dir, 'val')
+    names = list(CLASSES)
+    classes = torch.tensor([names.index(line['class']) for line in lines])
+    accuracy = zero_shot(model, images, classes, [prompt(name) for name in names])
     with open(os.path.join(args.output_dir, 'teacher.json'), 'w', encoding='utf-8') as f:
         json.dump({'zero_shot': accuracy}, f)
     print(f'{path}: zero-shot top-1 by captions on val {accuracy:.1%}, chance {1 / len(CLASSES):.1%}')
