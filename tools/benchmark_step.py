@@ -6,7 +6,6 @@ import io
 import multiprocessing
 import re
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 
@@ -21,7 +20,7 @@ from main_pretrain import build_model, build_training
 from models_milan import MODELS, patch_order
 from util import lr_sched, misc
 from util.arguments import setup
-from util.errors import as_user_error
+from util.errors import UserError, as_user_error
 from util.logs import peak_memory
 from util.seeding import sample_noise, seeded
 from util.teacher import Teacher
@@ -84,22 +83,22 @@ def one_batch(args, device):
 
 def measure_step(args, device, options):
     """The entry ``step`` of the result: a dict of what is measured of one model, for JSON."""
+    loss = first_losses(args, device)
     with as_user_error(f'--batch_size {args.batch_size} is too much for this GPU, for one of the two formulations',
                        torch.OutOfMemoryError):
-        memory = {name: in_own_process(peak_bytes, name, args, options.threads) for name in FORMULATIONS}
-        loss = first_losses(args, device)
-        ours, book = Ours(args, device), Textbook(args, device)
-        ours.run(2)  # a warm-up
-        book.run(2)
-        seconds = alternate({'ours': lambda: ours.run(options.steps), 'textbook': lambda: book.run(options.steps)},
-                            options.rounds, device)
-        split = time_split(ours, options.steps * options.rounds)
+        both = {name: OwnProcess(name, args, options.threads) for name in FORMULATIONS}
+        memory = {name: process.ask('memory') for name, process in both.items()}
+        seconds = {name: [] for name in both}
+        for _ in range(options.rounds):
+            for name, process in both.items():
+                seconds[name].append(process.ask('seconds', options.steps))
+        split = both['ours'].ask('split', options.steps * options.rounds)
     images = options.steps * args.batch_size
     rates = {name: images / median(rounds) for name, rounds in seconds.items()}
     flop, ceiling = flop_per_image(args), matmul_ceiling(device, args.amp)
     return {
         'model': args.model, 'input_size': args.input_size, 'batch_size': args.batch_size, 'device': device.type,
-        'precision': {'ours': args.amp, 'textbook': book.amp}, 'steps_a_round': options.steps,
+        'precision': {'ours': args.amp, 'textbook': textbook_amp(device)}, 'steps_a_round': options.steps,
         'images_per_s': rates, 'images_per_s_of_rounds': {k: [images / s for s in v] for k, v in seconds.items()},
         'ratio': rates['ours'] / rates['textbook'], 'split_ms_a_step': split,
         'peak_memory_bytes': memory, 'memory_ratio': memory['ours'] / memory['textbook'],
@@ -120,10 +119,54 @@ def first_losses(args, device):
     return {'ours': a, 'textbook': b, 'precision': 'fp32', 'agree': abs(a - b) <= 1e-5 * b}
 
 
-def in_own_process(function, *args):
-    """``function(*args)`` in a fresh process: memory is a process's own, and freed memory does not always go back."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
-        return pool.submit(function, *args).result()
+class OwnProcess:
+    """A formulation in a fresh process: memory is a process's own, and so is its set-up.
+
+    Ours is set up as main_pretrain.py does it; the textbook's is as PyTorch makes it.
+    """
+
+    def __init__(self, name, args, threads):
+        self.name = name
+        context = multiprocessing.get_context('spawn')
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, name, args, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, *question):
+        """The answer to ('memory',), ('seconds', steps) or ('split', steps); see ``serve``."""
+        self.connection.send(question)
+        try:
+            answer = self.connection.recv()
+        except EOFError:
+            raise UserError('a process of the benchmark was ended from outside, most likely for want of memory: lower '
+                            '--batch_size') from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def serve(connection, name, args, threads):
+    """Answer the questions of an OwnProcess until it is gone."""
+    try:
+        torch.set_num_threads(threads)
+        device = torch.device(args.device)
+        if name == 'ours':
+            compiled = 'off' if not args.compile else 'auto' if device.type == 'cuda' else 'on'
+            with contextlib.redirect_stdout(io.StringIO()):
+                device = setup(argparse.Namespace(**{**vars(args), 'compile': compiled}))
+        formulation = FORMULATIONS[name](args, device)
+        formulation.run(2)  # a warm-up
+        answers = {'memory': lambda: peak_bytes(device), 'split': lambda steps: time_split(formulation, steps),
+                   'seconds': lambda steps: seconds_of(formulation.run, steps, device=device)}
+        while True:
+            what, *rest = connection.recv()
+            connection.send(answers[what](*rest))
+    except EOFError:
+        pass
+    except Exception as e:
+        connection.recv()
+        connection.send(e)
 
 
 def start(args, threads):
@@ -132,11 +175,8 @@ def start(args, threads):
     return setup(args)
 
 
-def peak_bytes(formulation, args, threads):
-    """Peak memory of two steps of a formulation: PyTorch's tensors on CUDA, the process's memory on the CPU."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        device = start(args, threads)
-    FORMULATIONS[formulation](args, device).run(2)
+def peak_bytes(device):
+    """This process's peak of memory: of PyTorch's tensors on CUDA, of all of it on the CPU."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated()
     try:
@@ -151,12 +191,16 @@ def alternate(work, rounds, device):
     seconds = {name: [] for name in work}
     for _ in range(rounds):
         for name, do in work.items():
-            synchronize(device)
-            begin = time.perf_counter()
-            do()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(seconds_of(do, device=device))
     return seconds
+
+
+def seconds_of(do, *args, device):
+    synchronize(device)
+    begin = time.perf_counter()
+    do(*args)
+    synchronize(device)
+    return time.perf_counter() - begin
 
 
 def synchronize(device):

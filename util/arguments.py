@@ -165,6 +165,8 @@ def setup(args):
     resolve_resume(args)
     torch.manual_seed(args.seed)  # nothing of ours draws from it (util/seeding.py), but what a fork adds may
     torch.backends.cudnn.benchmark = True
+    if device.type == 'cpu':
+        misc.keep_freed_memory()
 
     args.amp = misc.resolve_amp(args.amp, device)
     args.compile = misc.resolve_compile(args.compile, device)

@@ -2,6 +2,7 @@
 
 import datetime
 import signal
+import threading
 import time
 
 import torch
@@ -99,5 +100,7 @@ def ignore_signals(worker=None):
 
 
 def restore_signals():
+    if threading.current_thread() is not threading.main_thread():  # Python would not have let it set them
+        return
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)

