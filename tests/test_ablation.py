@@ -102,7 +102,7 @@ def test_table():
 
 WRONG = {
     'no data': (['--data_path', 'EMPTY'], 'torchvision could not provide CIFAR-10'),
-    'too few images': (['--setting', 'cpu'], 'has not 8000 images'),
+    'too few images': (['--setting', 'cpu'], 'has not 20000 images'),
     'no results': (['--report'], 'has no results.jsonl'),
     'no seeds': (['--seeds', '0'], '--seeds'),
 }

@@ -41,7 +41,7 @@ from util.parser import Parser, bounded  # noqa: E402
 SETTINGS = {
     'gpu': dict(images=50_000, val=10_000, labels=50_000, teacher_steps=10_000, epochs=200, warmup_epochs=10, probe_epochs=50,
                 finetune_epochs=50, batch_size=256),
-    'cpu': dict(images=8_000, val=2_000, labels=2_000, teacher_steps=1_500, epochs=4, warmup_epochs=1, probe_epochs=3,
+    'cpu': dict(images=20_000, val=2_000, labels=2_000, teacher_steps=6_000, epochs=2, warmup_epochs=1, probe_epochs=3,
                 finetune_epochs=3, batch_size=64),
     'quick': dict(images=160, val=20, labels=80, teacher_steps=2, epochs=2, warmup_epochs=1, probe_epochs=1, finetune_epochs=1,
                   batch_size=16),
