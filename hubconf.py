@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 
-dependencies = ['torch', 'timm', 'numpy', 'safetensors']
+dependencies = ['torch', 'torchvision', 'timm', 'numpy', 'safetensors']
 
 _ROOT = os.path.dirname(os.path.abspath(__file__))
 for _name in ('models_vit', 'util'):  # torch.hub imports by these plain names, which other projects may use too

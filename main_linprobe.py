@@ -72,7 +72,8 @@ def main(args):
 
     # optimiser
     optimizer = build_optimizer(args, model_without_ddp.head)
-    loss_scaler = misc.NativeScalerWithGradNormCount(enabled=args.amp == 'fp16', device=device)
+    # A Sweep clears gradients that are not finite, by which loss scaling would have to know that its scale is too large.
+    loss_scaler = misc.NativeScalerWithGradNormCount(enabled=args.amp == 'fp16' and sweep is None, device=device)
     resumed = misc.load_model(args, model_without_ddp, optimizer, loss_scaler)
 
     # loop

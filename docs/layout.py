@@ -29,7 +29,7 @@ BOXES = {
         'util/checkpoint.py', 'util/formats.py', 'util/integrity.py', 'util/torchscript.py', 'util/download.py']),
     'what every run needs': (75, 1, 28, 19, [
         'util/arguments.py   util/parser.py', 'util/misc.py   util/errors.py', 'util/distributed.py   util/logs.py',
-        'util/interruption.py   util/seeding.py', 'util/provenance.py']),
+        'util/interruption.py   util/seeding.py', 'util/provenance.py   util/memory.py']),
 }
 ARROWS = {  # caller: called. The row at the bottom is called from all that is above it.
     'main_pretrain.py': ['engine_pretrain.py', 'models_milan.py', 'util/teacher.py'],

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 
 import numpy as np
 import pytest
@@ -191,6 +192,16 @@ def test_lars():
         optimizer.step()
         for letter, key in (('w', 'weight'), ('b', 'bias'), ('z', 'zero')):
             close(params[letter], case[key][step], 1e-9)
+
+    before = [(p.clone(), optimizer.state[p]['mu'].clone()) for p in params.values()]
+    for found_inf in (1.0, 0.0):
+        optimizer.found_inf = torch.tensor(found_inf)
+        for p in params.values():
+            p.grad = torch.full_like(p, math.nan if found_inf else 1.0)
+        optimizer.step()
+        now = [(p, optimizer.state[p]['mu']) for p in params.values()]
+        left_out = [torch.equal(a, b) for pair in zip(now, before) for a, b in zip(*pair)]
+        assert all(left_out) if found_inf else not any(left_out)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason='../shared is not here')

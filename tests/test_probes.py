@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -179,3 +181,13 @@ def test_wrong_use(case, classifier_flags, sweep, tmp_path):
     errors = [line for line in result.stderr.splitlines() if 'No CUDA GPU' not in line]
     assert result.returncode in (1, 2) and len(errors) == 1 and errors[0].startswith('error: ') and message in errors[0]
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_sweep_that_was_killed_between_two_files(labelled_images, sweep, tmp_path):
+    """checkpoint-best.pth, written last, is another model's: --resume auto does not take it."""
+    shutil.copytree(sweep, tmp_path / 'out')
+    os.utime(tmp_path / 'out' / 'checkpoint-best.pth')
+    said = ok(linprobe('--model', 'vit_tiny_patch8', '--input_size', 32, '--nb_classes', 3, '--batch_size', 8, '--num_workers', 0,
+                       '--data_path', labelled_images, '--epochs', 2, '--warmup_epochs', 0, '--blr', 0.1, 0.2,
+                       '--output_dir', tmp_path / 'out', '--log_dir', '', '--resume', 'auto'))
+    assert 'checkpoint-last.pth: epoch 0 is done' in said

@@ -9,12 +9,12 @@ import main_linprobe
 import main_pretrain
 import models_milan
 import models_vit
-from tools import benchmark, download, export, knn, prepare_imagenet, segment, slurm, visualize
+from tools import ablation, benchmark, download, export, knn, prepare_imagenet, segment, slurm, visualize
 
 README = (ROOT / 'README.md').read_text()
 FLAGS = (ROOT / 'docs' / 'flags.md').read_text()
 SCRIPTS = main_pretrain, main_finetune, main_linprobe
-TOOLS = benchmark, download, export, knn, prepare_imagenet, segment, slurm, visualize
+TOOLS = ablation, benchmark, download, export, knn, prepare_imagenet, segment, slurm, visualize
 
 
 def flags(module):

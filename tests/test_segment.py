@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import script
+from conftest import script, torchrun
 from PIL import Image
 
 from tools import segment
@@ -93,6 +93,7 @@ def broken(root, pictures, kind):
 
 @pytest.mark.parametrize('kind, workers, message', [
     ('class', 0, 'masks/train/a/0.png: class 7, but --nb_classes 2'),
+    ('class', 1, 'masks/train/a/0.png: class 7, but --nb_classes 2'),
     ('bytes', 1, 'images/train/a/3.jpg and its mask'),
     ('size', 0, 'masks/val/a/0.png: [60, 90] and [9, 9]; a mask has its image'),
     ('colours', 0, '[60, 90] and [60, 90, 3]; a mask'),
@@ -101,12 +102,19 @@ def test_wrong_files(kind, workers, message, flags, pictures, tmp_path):
     result = tool(*flags, '--epochs', 1, '--num_workers', workers, '--data_path', broken(tmp_path / 'data', pictures, kind))
     errors = [line for line in result.stderr.splitlines() if 'No CUDA GPU' not in line]
     assert result.returncode == 1 and len(errors) == 1 and errors[0].startswith('error: ') and message in errors[0], errors
+    assert 'Traceback' not in errors[0]
 
 
 @pytest.mark.parametrize('wrong, message', [
     (['--batch_size', 25], '--batch_size 25: there are only 24 training images'),
     (['--data_path', 'no'], '--data_path no is not a folder'),
+    (['--lr', 1e30, '--epochs', 9], 'not one step of epoch 1 had gradients that are finite'),
     (['--global_pool'], 'unrecognized arguments: --global_pool')])
 def test_wrong_flags(wrong, message, flags):
     result = tool(*flags, *wrong)
     assert result.returncode in (1, 2) and message in result.stderr.splitlines()[-1]
+
+
+def test_two_processes(flags):
+    result = tool(*flags, launcher=torchrun(2))
+    assert result.returncode == 1 and 'error: tools/segment.py runs as one process' in result.stderr

@@ -18,9 +18,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from util.misc import run  # noqa: E402
 from util.parser import Parser, bounded  # noqa: E402
 
 # Images are enlarged to 64 pixels: 64 patches, each 4 pixels of the original. Counts of images are over all ten classes.
+# The setting gpu has not been run yet.
 SETTINGS = {
     'gpu': dict(images=50_000, val=10_000, labels=50_000, teacher_steps=10_000, epochs=200, warmup_epochs=10, probe_epochs=50,
                 finetune_epochs=50, batch_size=256),
@@ -55,18 +56,18 @@ def find_images(data_path, out):
     if (data_path / 'train').is_dir():
         return data_path
     folder = out / 'cifar10'
-    if not (folder / 'test').is_dir():
+    for split in ('train', 'test'):
+        if (folder / split).is_dir():
+            continue
         with as_user_error(f'--data_path {data_path} has no train/ in it, and torchvision could not provide CIFAR-10', OSError,
                            RuntimeError):
-            sets = {split: CIFAR10(data_path, split == 'train', download=True) for split in ('train', 'test')}
-        for split, source in sets.items():  # test/ comes last, and whole: it tells that all is there
-            part = out / f'{split}.part'
-            for i, (image, label) in enumerate(source):
-                path = part / source.classes[label] / f'{i:05d}.png'
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image.save(path)
-            folder.mkdir(exist_ok=True)
-            part.rename(folder / split)
+            source = CIFAR10(data_path, split == 'train', download=True)
+        part = folder / f'{split}.part'
+        for i, (image, label) in enumerate(source):
+            path = part / source.classes[label] / f'{i:05d}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+        part.rename(folder / split)
     return folder
 
 
@@ -75,7 +76,9 @@ def choose(source, target, count):
     with as_user_error(f'--data_path: {source} cannot be read', OSError):
         classes = sorted(entry.name for entry in os.scandir(source) if entry.is_dir())
         files = {name: sorted(Path(source, name).iterdir())[:count // len(classes)] for name in classes}
-    if min((len(found) for found in files.values()), default=0) * len(files) < count:
+    if len(classes) != 10:
+        raise UserError(f'--data_path: {source} has {len(classes)} class folders, and CIFAR-10 has ten')
+    if min(len(found) for found in files.values()) < count // 10:
         raise UserError(f'--data_path: {source} has not {count} images, as many of each class, which this setting takes')
     for name, found in files.items():
         (target / name).mkdir(parents=True, exist_ok=True)
@@ -107,25 +110,26 @@ def caption(name):
 
 def read_pixels(images):
     """Images, as (path, class), in memory, as large as the teacher takes them: uint8 [N, 3, SIZE, SIZE]."""
-    size = train_clip.SIZE
-    pixels = [np.asarray(Image.open(path).convert('RGB').resize((size, size), Image.Resampling.BICUBIC)) for path, _ in images]
+    size = (train_clip.SIZE, train_clip.SIZE)
+    with as_user_error('--data_path', OSError):
+        pixels = [np.asarray(Image.open(path).convert('RGB').resize(size, Image.Resampling.BICUBIC)) for path, _ in images]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
-def train_teacher(setting, out, train, val):
+def train_teacher(setting, out, train, val, device):
     """out/clip.pth.tar, a CLIP that has learned captions, and in out/teacher.json how often it is right on val by captions."""
     if (out / 'teacher.json').exists():
         return
     torch.manual_seed(0)
     captions = [caption(name) for _, name in train]
-    model = train_clip.build_clip()
+    model = train_clip.build_clip().to(device)
     train_clip.train(model, read_pixels(train), captions, captions, setting['teacher_steps'], torch.Generator().manual_seed(0))
     train_clip.save(model, out / 'clip.pth.tar')
     model, _ = clip.load(str(out / 'clip.pth.tar'), 'cpu')
     names = sorted({name for _, name in val})
     classes = torch.tensor([names.index(name) for _, name in val])
     accuracy = train_clip.zero_shot(model, read_pixels(val), classes, [caption(name) for name in names])
-    (out / 'teacher.json').write_text(json.dumps({'zero_shot': 100 * accuracy}))
+    report.write_whole(out / 'teacher.json', json.dumps({'zero_shot': 100 * accuracy}))
     print(f'The teacher: {accuracy:.1%} of the validation images by captions')
 
 
@@ -151,47 +155,56 @@ class Runs:
         self.env = dict(os.environ)
         if args.device == 'cpu':
             self.env['OMP_NUM_THREADS'] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
-        self.processes = []
+        self.processes, self.stopped = [], False
+        gpus = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(torch.cuda.device_count())))).split(',')
+        self.gpus = SimpleQueue()  # one for each script that runs at a time
+        for job in range(args.jobs):
+            self.gpus.put(gpus[job % len(gpus)])
 
     def run(self, variant, seed):
         """Pretrain, probe and fine-tune: the line of results.jsonl, a dict."""
-        setting, seconds = self.setting, {}
+        setting = self.setting
         name = '-'.join(word for word in variant if word).replace(' ', '-')
         folder = self.out / 'runs' / f'{name}-seed{seed}'
         common = [*self.common, '--seed', seed]
         start = ''
         if variant != report.RANDOM:
-            seconds['pretrain'] = self.script(
+            self.script(
                 folder / 'pretrain', 'main_pretrain.py', '--model', 'mae_vit_tiny_patch8', '--data_path', self.out / 'data',
-                '--epochs', setting['epochs'], '--warmup_epochs', setting['warmup_epochs'], '--blr', '4e-3',
+                '--epochs', setting['epochs'], '--warmup_epochs', setting['warmup_epochs'], '--lr', '1e-3',
                 *pretrain_flags(*variant, self.out / 'clip.pth.tar'), *common)
             start = folder / 'pretrain' / f'checkpoint-{setting["epochs"] - 1}.pth'
         common += ['--model', 'vit_tiny_patch8', '--nb_classes', 10, '--data_path', self.out / 'labelled', '--warmup_epochs', 0,
                    '--finetune', start]
-        seconds['linear'] = self.script(
+        self.script(
             folder / 'linear', 'main_linprobe.py', '--epochs', setting['probe_epochs'], '--blr', 1, 4, 16, *common)
-        seconds['finetune'] = self.script(
-            folder / 'finetune', 'main_finetune.py', '--epochs', setting['finetune_epochs'], '--blr', '4e-3', '--global_pool',
+        self.script(
+            folder / 'finetune', 'main_finetune.py', '--epochs', setting['finetune_epochs'], '--lr', '1e-3', '--global_pool',
             '--aa', '', '--reprob', 0, *common)
         accuracies = {kind: last_line(folder / kind)['test_acc1'] for kind in ('linear', 'finetune')}
-        return {**dict(zip(('target', 'decoder', 'masking'), variant)), 'seed': seed, **accuracies, 'seconds': seconds}
+        return {**dict(zip(('target', 'decoder', 'masking'), variant)), 'seed': seed, **accuracies}
 
     def script(self, folder, *command):
-        """One script with ``folder`` as its output_dir; what it prints is in output.txt there. Returns the seconds it took."""
+        """One script with ``folder`` as its output_dir; what it prints is in output.txt there."""
         folder.mkdir(parents=True, exist_ok=True)
-        command = [str(word) for word in (*command, '--output_dir', folder)]
-        begin = time.time()
+        command = [str(word) for word in (*command, '--output_dir', folder, '--log_dir', folder)]
+        gpu = self.gpus.get()
+        if self.stopped:
+            raise UserError('stopped')
         with open(folder / 'output.txt', 'a', encoding='utf-8') as output:
             print(f'$ {shlex.join(["python", *command])}', file=output, flush=True)
-            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=self.env, stdout=output,
-                                       stderr=subprocess.STDOUT, close_fds=False)  # it inherits the lock
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+                                       start_new_session=True, close_fds=False,  # Ctrl-C is for us; it has the lock
+                                       env={**self.env, 'CUDA_VISIBLE_DEVICES': gpu})
         self.processes.append(process)
-        if process.wait():
-            raise UserError(f'{command[0]} ended with status {process.returncode}; the end of {folder}/output.txt says why')
-        return round(time.time() - begin, 1)
+        status = process.wait()
+        self.gpus.put(gpu)
+        if status:
+            raise UserError(f'{command[0]} ended with status {status}; the end of {folder}/output.txt says why')
 
     def stop(self):
         """The scripts that run save their step and end; the next call goes on behind it."""
+        self.stopped = True
         for process in self.processes:
             process.terminate()
 
@@ -204,22 +217,25 @@ def last_line(folder):
 
 def get_args_parser():
     parser = Parser('tools/ablation.py', description=__doc__)
-    parser.add_argument('--data_path', type=Path, metavar='DIR', required=True,
+    group = parser.add_argument_group('data and files')
+    group.add_argument('--data_path', type=Path, metavar='DIR', required=True,
                         help='train/CLASS/ and test/CLASS/ of CIFAR-10, or where torchvision finds it or downloads it to')
-    parser.add_argument('--output_dir', type=Path, default=Path('ablation'), metavar='DIR', help='where all files go')
-    parser.add_argument('--setting', choices=['auto', *SETTINGS], default='auto', help='how much of everything; auto: by device')
-    parser.add_argument('--seeds', type=bounded(int, 1, 1000), default=3, metavar='N', help='runs of each variant')
-    parser.add_argument('--jobs', type=bounded(int, 1, 64), default=1, metavar='N', help='runs at a time')
-    parser.add_argument('--num_workers', type=bounded(int, 0, 64), default=1, metavar='N', help='loader processes of each')
-    parser.add_argument('--device', choices=['cuda', 'cpu'], default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--report', action='store_true', help='table and plot of what there is, and no more runs')
+    group.add_argument('--output_dir', type=Path, default=Path('ablation'), metavar='DIR', help='where all files go')
+    group = parser.add_argument_group('runs')
+    group.add_argument('--setting', choices=['auto', *SETTINGS], default='auto', help='how much of everything')
+    group.add_argument('--seeds', type=bounded(int, 1, 1000), default=3, metavar='N', help='runs of each variant')
+    group.add_argument('--jobs', type=bounded(int, 1, 64), default=1, metavar='N', help='runs at a time')
+    group.add_argument('--num_workers', type=bounded(int, 0, 64), default=1, metavar='N', help='loader processes of each')
+    group.add_argument('--device', choices=['cuda', 'cpu'], default='cuda' if torch.cuda.is_available() else 'cpu',
+                       help='of the runs; several at a time are spread over the GPUs that there are')
+    group.add_argument('--report', action='store_true', help='table and plot of what there is, and no more runs')
     return parser
 
 
 def open_folder(args, out):
-    """The setting, which stays the same in a folder, and the folder's lock, which is held as long as anything works in there."""
+    """Setting and data, which stay the same in a folder, and its lock, which is held as long as anything works in there."""
     name = {'cuda': 'gpu'}.get(args.device, args.device) if args.setting == 'auto' else args.setting
-    setting = {'setting': name, **SETTINGS[name]}
+    setting = {'setting': name, 'data_path': str(args.data_path.resolve()), **SETTINGS[name]}
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / '.lock', 'w')
     os.set_inheritable(lock.fileno(), True)
@@ -229,8 +245,8 @@ def open_folder(args, out):
         raise UserError(f'--output_dir {out}: an ablation, or a script that it has left, still works in there') from None
     file = out / 'setting.json'
     if file.exists() and report.read_json(file) != setting:
-        raise UserError(f'--output_dir {out} has results of another setting ({file}); name another folder')
-    file.write_text(json.dumps(setting))
+        raise UserError(f'--output_dir {out} has results of another setting or of other data ({file}); name another folder')
+    report.write_whole(file, json.dumps(setting))
     return setting, lock
 
 
@@ -244,7 +260,7 @@ def main(args):
     with as_user_error(f'--output_dir {args.output_dir} cannot be written to', OSError):
         setting, lock = open_folder(args, out)
     train, val = prepare_data(args, setting, out)
-    train_teacher(setting, out, train, val)
+    train_teacher(setting, out, train, val, args.device)
 
     # runs
     done = report.read_results(out)

@@ -237,7 +237,8 @@ def measure(what, args, device, options, result):
 
 def main(options):
     parser = main_pretrain.get_args_parser()
-    parser.set_defaults(model='mae_vit_base_patch16', clip_path='', batch_size=256 if torch.cuda.is_available() else 8)
+    parser.set_defaults(model='mae_vit_base_patch16', clip_path='', output_dir='', log_dir='',
+                        batch_size=256 if torch.cuda.is_available() else 8)
     args = parser.parse_args([*options.rest, *MILAN])
     if args.teacher or args.use_clip_dino or args.use_clip_slip:
         raise UserError('the formulation to compare with knows one teacher, CLIP; give --clip_path or nothing')

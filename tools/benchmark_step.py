@@ -93,6 +93,8 @@ def measure_step(args, device, options):
             for name, process in both.items():
                 seconds[name].append(process.ask('seconds', options.steps))
         split = both['ours'].ask('split', options.steps * options.rounds)
+        for process in both.values():
+            process.close()
     images = options.steps * args.batch_size
     rates = {name: images / median(rounds) for name, rounds in seconds.items()}
     flop, ceiling = flop_per_image(args), matmul_ceiling(device, args.amp)
@@ -115,7 +117,9 @@ def first_losses(args, device):
     images and nothing compiled, since it says nothing of speed.
     """
     args = argparse.Namespace(**{**vars(args), 'amp': 'fp32', 'batch_size': min(args.batch_size, 32), 'compile': False})
-    a, b = Ours(args, device).run(1), Textbook(args, device, 'fp32').run(1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        a, b = Ours(args, device).run(1), Textbook(args, device, 'fp32').run(1)
+    torch.cuda.empty_cache()  # of use to the processes that follow
     return {'ours': a, 'textbook': b, 'precision': 'fp32', 'agree': abs(a - b) <= 1e-5 * b}
 
 
@@ -135,38 +139,47 @@ class OwnProcess:
 
     def ask(self, *question):
         """The answer to ('memory',), ('seconds', steps) or ('split', steps); see ``serve``."""
-        self.connection.send(question)
         try:
+            self.connection.send(question)
             answer = self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise UserError('a process of the benchmark was ended from outside, most likely for want of memory: lower '
                             '--batch_size') from None
         if isinstance(answer, Exception):
             raise answer
         return answer
 
+    def close(self):
+        self.connection.close()
+        self.process.join()
+
 
 def serve(connection, name, args, threads):
-    """Answer the questions of an OwnProcess until it is gone."""
-    try:
-        torch.set_num_threads(threads)
-        device = torch.device(args.device)
+    """Answer the questions of an OwnProcess until it is gone; what has gone wrong is an answer too."""
+    formulation = None
+    while True:
+        try:
+            what, *rest = connection.recv()
+        except EOFError:
+            return
+        try:
+            formulation = formulation or warmed_up(name, args, threads)
+            connection.send(ANSWERS[what](formulation, *rest))
+        except Exception as e:
+            connection.send(e)
+
+
+def warmed_up(name, args, threads):
+    """A formulation in this process, after two steps."""
+    torch.set_num_threads(threads)
+    device = torch.device(args.device)
+    with contextlib.redirect_stdout(io.StringIO()):
         if name == 'ours':
             compiled = 'off' if not args.compile else 'auto' if device.type == 'cuda' else 'on'
-            with contextlib.redirect_stdout(io.StringIO()):
-                device = setup(argparse.Namespace(**{**vars(args), 'compile': compiled}))
+            device = setup(argparse.Namespace(**{**vars(args), 'compile': compiled}))
         formulation = FORMULATIONS[name](args, device)
-        formulation.run(2)  # a warm-up
-        answers = {'memory': lambda: peak_bytes(device), 'split': lambda steps: time_split(formulation, steps),
-                   'seconds': lambda steps: seconds_of(formulation.run, steps, device=device)}
-        while True:
-            what, *rest = connection.recv()
-            connection.send(answers[what](*rest))
-    except EOFError:
-        pass
-    except Exception as e:
-        connection.recv()
-        connection.send(e)
+    formulation.run(2)
+    return formulation
 
 
 def start(args, threads):
@@ -245,6 +258,10 @@ def time_split(ours, steps):
     for hook in hooks:
         hook.remove()
     return {name: 1000 * total / steps for name, total in seconds.items()}
+
+
+ANSWERS = {'memory': lambda formulation: peak_bytes(formulation.device), 'split': time_split,
+           'seconds': lambda formulation, steps: seconds_of(formulation.run, steps, device=formulation.device)}
 
 
 def flop_per_image(args):

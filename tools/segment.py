@@ -61,7 +61,7 @@ class Pictures(torch.utils.data.Dataset):
         try:
             image, mask = self.read(*self.pairs[i])
         except Exception as e:  # whatever a decoder raises
-            raise UserError(f'{self.pairs[i][0]} and its mask {self.pairs[i][1]}: {first_line(e)}') from e
+            raise ValueError(f'{self.pairs[i][0]} and its mask {self.pairs[i][1]}: {first_line(e)}') from e
         seed_generators('augment', self.seed, epoch, i)
         image, mask = self.crop(image, tv_tensors.Mask(mask)) if self.train else (self.whole(image), mask)
         return self.finish(image), mask.as_subclass(torch.Tensor), i
@@ -127,7 +127,8 @@ def get_args_parser():
     group.add_argument('--num_workers', default=8, type=bounded(int, 0), metavar='N', help='loader processes')
     # what util.arguments.setup and the training loop read beyond that
     parser.set_defaults(resume='', eval=True, accum_iter=1, compile='off', min_lr=0.0, warmup_epochs=0, pin_mem=True,
-                        world_size=1, local_rank=-1, dist_on_itp=False, dist_url='env://', global_pool=False)
+                        world_size=1, local_rank=-1, dist_on_itp=False, dist_url='env://', dist_timeout=10.0,
+                        global_pool=False, output_dir='', max_skipped_steps=10)
     return parser
 
 
@@ -153,8 +154,8 @@ def main(args):
             sampler.set_epoch(epoch)
             train_one_epoch(model, nn.CrossEntropyLoss(ignore_index=IGNORED), loader, optimizer, device, epoch, scaler, args=args)
         miou, pixels = evaluate(model, loader_val, device, args)
-    except UserError as e:  # that of a loader's worker comes with its traceback
-        raise UserError(str(e).strip().splitlines()[-1].removeprefix('util.errors.UserError: ')) from e
+    except ValueError as e:  # that of a loader's worker comes with its traceback
+        raise UserError(str(e).strip().splitlines()[-1].removeprefix('ValueError: ')) from e
     print(f'mIoU {miou:.2f} %, {pixels:.2f} % of the pixels are right ({len(val)} images, {args.nb_classes} classes)')
 
 

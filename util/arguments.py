@@ -11,6 +11,7 @@ from util import misc
 from util.checkpoint import resolve_resume
 from util.errors import UserError
 from util.lr_sched import absolute_lr
+from util.memory import keep_freed_memory
 from util.parser import Parser, bounded  # noqa: F401
 
 
@@ -166,7 +167,7 @@ def setup(args):
     torch.manual_seed(args.seed)  # nothing of ours draws from it (util/seeding.py), but what a fork adds may
     torch.backends.cudnn.benchmark = True
     if device.type == 'cpu':
-        misc.keep_freed_memory()
+        keep_freed_memory()
 
     args.amp = misc.resolve_amp(args.amp, device)
     args.compile = misc.resolve_compile(args.compile, device)

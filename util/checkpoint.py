@@ -217,11 +217,15 @@ def resolve_resume(args):
 def newest_checkpoint(folder, since=0):
     """The newest checkpoint-*.pth in ``folder``, written after ``since``, that is whole; '' if there is none.
 
-    Says which it passes over and why.
+    Says which it passes over and why. checkpoint-best.pth is taken where there is no other.
     """
     paths = glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))
     paths = [path for path in paths if os.stat(path).st_mtime >= since]
-    for path in sorted(paths, key=lambda path: (os.stat(path).st_mtime, path.endswith('last.pth')), reverse=True):
+    # checkpoint-best.pth comes last: beside checkpoint-last.pth it has nothing of its own but, for a Sweep, another head
+    def rank(path):
+        return not path.endswith('best.pth'), os.stat(path).st_mtime, path.endswith('last.pth')
+
+    for path in sorted(paths, key=rank, reverse=True):
         try:
             load(path)
             return path

@@ -247,9 +247,6 @@ def check_classes(args, *sets):
 
 # ---- transforms: from an ImageFile to uint8 [3, H, W], or to floats that are normalised already ----
 
-BICUBIC = transforms.InterpolationMode.BICUBIC
-
-
 def normalise(images):
     """A batch on its device, ready for a model: bytes [N, 3, H, W] become floats with ImageNet's mean 0 and deviation 1.
 

@@ -15,14 +15,14 @@ SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(s
 
 
 class Interrupted(Exception):
-    """The run was asked to end and has saved where it was; scripts then end with STATUS."""
+    """The run was asked to end and has saved where it was, if it saves at all; scripts then end with STATUS."""
 
 
 class Interruption:
     """Watches for SIGTERM, SIGUSR1 and the clock between steps, and saves on all processes together.
 
     Args:
-        args: save_minutes, dist_timeout, batch_size, world_size.
+        args: save_minutes, output_dir, dist_timeout, batch_size, world_size.
         save: called by all processes as save(epoch, step=..., sums=..., step_images=...): ``step`` steps of ``epoch`` are done,
             of ``step_images`` images each, and ``sums`` are its log's so far.
         steps: of an epoch.
@@ -38,7 +38,7 @@ class Interruption:
         self.sums = resumed.get('sums', {})
         if self.step >= steps:  # the data are others: the epoch begins anew
             self.step, self.sums = 0, {}
-        self.save, self.minutes = save, args.save_minutes
+        self.save, self.minutes, self.saves = save, args.save_minutes, bool(args.output_dir)
         self.saved = time.monotonic()
         self.signal = self.pending = self.group = None
         if get_world_size() > 1:
@@ -90,10 +90,11 @@ class Interruption:
             self.pending[0].wait()
             dist.barrier(self.group)  # a process that ends makes the launcher end the others, and the first may still write
         name = signal.Signals(self.signal).name if self.signal else 'a signal to another process'
-        raise Interrupted(f'Stopped by {name} after {where}, and saved; go on with --resume auto')
+        what = 'go on with --resume auto' if self.saves else 'nothing is saved without --output_dir'
+        raise Interrupted(f'Stopped by {name} after {where}; {what}')
 
 
-def ignore_signals(worker=None):
+def ignore_signals():
     """For loader workers, which get the signals too where a cluster sends them to all processes of a job."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -4,8 +4,11 @@ import torch
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled layer by layer (arXiv 1708.03888).
 
-    Parameters of one dimension, biases and norms, get neither the scaling nor weight decay.
+    Parameters of one dimension, biases and norms, get neither the scaling nor weight decay. As PyTorch's fused optimisers do, it
+    leaves a step out on the device where ``found_inf``, set from outside, is not zero.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(self, params, lr=0, weight_decay=0, momentum=0.9, trust_coefficient=0.001):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust_coefficient))
@@ -16,6 +19,7 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf = getattr(self, 'found_inf', None)
         for group in self.param_groups:
             for p in group['params']:
                 if p.grad is None:
@@ -30,6 +34,10 @@ class LARS(torch.optim.Optimizer):
                 state = self.state[p]
                 if 'mu' not in state:
                     state['mu'] = torch.zeros_like(p)
-                state['mu'].mul_(group['momentum']).add_(update)
-                p.add_(state['mu'], alpha=-group['lr'])
+                mu = state['mu'] * group['momentum'] + update
+                step = -group['lr'] * mu
+                if found_inf is not None:
+                    mu, step = torch.where(found_inf > 0, state['mu'], mu), torch.where(found_inf > 0, 0, step)
+                state['mu'].copy_(mu)
+                p.add_(step)
         return loss

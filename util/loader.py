@@ -11,6 +11,7 @@ from util.datasets import SeededStream, build_dataset, check_classes
 from util.distributed import gather, is_main_process
 from util.errors import UserError
 from util.interruption import ignore_signals
+from util.memory import give_back_freed_memory
 from util.seeding import seed_of
 
 
@@ -124,6 +125,11 @@ def collate(samples):
     return images.permute(0, 3, 1, 2), *rest
 
 
+def begin_worker(number):
+    ignore_signals()
+    give_back_freed_memory()
+
+
 def build_loaders(args, build_transform):
     """(training, validation) Batches of a classifier's data; the former is None with args.eval.
 
@@ -168,7 +174,7 @@ def build_loader(args, dataset, is_train=True):
     loader = torch.utils.data.DataLoader(
         dataset, sampler=sampler, batch_size=args.batch_size, collate_fn=collate, drop_last=is_train,
         num_workers=workers, pin_memory=args.pin_mem, persistent_workers=workers > 0 and not stream, generator=torch.Generator(),
-        worker_init_fn=ignore_signals)
+        worker_init_fn=begin_worker)
     return Batches(loader, args.max_bad_images, getattr(args, 'nb_classes', None), evaluation=not is_train,
                    shared=is_train or args.dist_eval and not stream,
                    list_path=os.path.join(args.output_dir, 'unreadable_images.txt') if getattr(args, 'output_dir', '') else None)

@@ -1,6 +1,5 @@
 """Precision, loss scaling, and how a script ends; with the names that MAE's util/misc.py is imported for."""
 
-import ctypes
 import errno
 import os
 import sys
@@ -55,17 +54,6 @@ def resolve_compile(choice, device):
     return choice == 'on'
 
 
-def keep_freed_memory():
-    """For runs on a CPU: glibc keeps what tensors free, in place of handing it back and getting it anew, page by page, in each
-    step. That buys a tenth of a step's time in bf16; the peak of memory stays as it is."""
-    mallopt = sys.platform == 'linux' and getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt:
-        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # of malloc.h
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_arena_max, 1)
-
-
 class NativeScalerWithGradNormCount:
     """Backward pass and optimiser step, with loss scaling where the precision is fp16 and without elsewhere.
 
@@ -104,7 +92,7 @@ class NativeScalerWithGradNormCount:
         elif getattr(optimizer, '_step_supports_amp_scaling', False):  # the fused ones, which need not wait for the answer
             optimizer.grad_scale, optimizer.found_inf = None, broken
             optimizer.step()
-        elif not broken:
+        elif not broken:  # a fork's own optimiser
             optimizer.step()
         return norm
 

@@ -29,8 +29,6 @@ def build_encoder(args):
         model = MODELS[args.model](img_size=args.input_size, num_classes=0, global_pool=args.global_pool)
     if args.finetune:
         load_pretrained(argparse.Namespace(**{**vars(args), 'eval': False}), model, whole_encoder=True)
-    else:
-        print('No --finetune: the features are those of random weights')
     return model.eval()
 
 

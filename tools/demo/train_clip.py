@@ -90,7 +90,7 @@ def encode_half(visual, images, generator):
     x = visual.embed(images)
     n, length = len(x), x.shape[1] - 1
     kept = 1 + torch.rand(n, length, generator=generator).argsort(dim=1)[:, :length // 2]
-    kept = torch.cat([torch.zeros(n, 1, dtype=torch.int64), kept], dim=1)
+    kept = torch.cat([torch.zeros(n, 1, dtype=torch.int64), kept], dim=1).to(x.device)
     x = x.gather(1, kept.unsqueeze(2).expand(-1, -1, x.shape[2]))
     return visual.ln_post(visual.transformer(x)[:, 0]) @ visual.proj
 
@@ -117,7 +117,7 @@ def prompt(name):
 
 
 def train(model, images, captions, short, steps, generator):
-    """AdamW with warm-up and a cosine to zero.
+    """AdamW with warm-up and a cosine to zero, on the model's device.
 
     Args:
         images: uint8 [N, 3, H, W].
@@ -125,6 +125,7 @@ def train(model, images, captions, short, steps, generator):
         short: N texts that name nothing but the class. Every other batch, on average, learns from them.
     """
     full, full_mirrored, short = [clip.tokenize(texts, CONTEXT) for texts in (captions, list(map(mirrored, captions)), short)]
+    device = model.logit_scale.device
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{'params': matrices, 'weight_decay': 0.05}, {'params': others, 'weight_decay': 0}]
@@ -142,7 +143,8 @@ def train(model, images, captions, short, steps, generator):
         ids = torch.where(flip[:, None], full_mirrored[batch], full[batch])
         if torch.rand(1, generator=generator) < 0.5:
             ids = short[batch]
-        loss = contrastive_loss(model, random_view(images[batch], flip, generator), ids, generator)
+        views = random_view(images[batch], flip, generator)
+        loss = contrastive_loss(model, views.to(device), ids.to(device), generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -164,7 +166,7 @@ def zero_shot(model, images, classes, prompts):
 def save(model, path):
     """The CLIP as a file for --clip_path, in the format of OpenAI's state dicts."""
     sizes = {'input_resolution': SIZE, 'context_length': CONTEXT, 'vocab_size': model.vocab_size}
-    state_dict = {name: p.half() if p.ndim > 1 else p for name, p in model.state_dict().items()}
+    state_dict = {name: p.cpu().half() if p.ndim > 1 else p.cpu() for name, p in model.state_dict().items()}
     save_on_master({**state_dict, **{name: torch.tensor(size) for name, size in sizes.items()}}, path)
 
 
