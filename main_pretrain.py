@@ -18,6 +18,7 @@ from util.loader import build_loader
 from util.logs import log_epoch, open_log
 from util.seeding import seeded
 from util.teacher import CLIP_PATH, build_teacher, check_teacher
+from util.texts import check_texts, read_texts, text_tower
 from util.visualize import fixed_images, log_panels
 
 
@@ -56,6 +57,9 @@ def get_args_parser():
     group.add_argument('--vis_every', default=0, type=bounded(int, 0), metavar='N',
                        help='masks, features and predictions of a few images to TensorBoard after every N-th epoch and the '
                             'last; 0: none')
+    group.add_argument('--vis_text', nargs='+', default=[], metavar='TEXT',
+                       help='with --vis_every and a CLIP as the teacher: how well each text fits its tokens, and those '
+                            'predicted of hidden patches')
     add_common_arguments(parser, epochs=400, warmup_epochs=40)
     return parser
 
@@ -70,12 +74,23 @@ def check(args):
                         'leave out --use_clip')
     if args.vis_every and not args.log_dir:
         raise UserError('--vis_every draws into TensorBoard: give --log_dir, the folder of its events')
+    if args.vis_text:
+        check_vis_text(args)
     patches = check_sizes(args, MODELS)
     visible = count_visible(patches, args.mask_ratio)
     if visible == 0 or (visible == patches and not predicts_features(args)):
         raise UserError(f'--mask_ratio {args.mask_ratio} leaves {visible} of {patches} patches visible; '
                         'there is nothing to learn from')
     check_checkpoint(args)
+
+
+def check_vis_text(args):
+    if not args.vis_every:
+        raise UserError('--vis_text is drawn when --vis_every draws: give --vis_every N too, 1 for every epoch')
+    if not predicts_features(args):
+        raise UserError('--vis_text compares texts with predicted features, and this run predicts pixels: give --use_clip, '
+                        'and no --pixel_target')
+    check_texts('--vis_text', args.vis_text, text_tower(args))
 
 
 def predicts_features(args):
@@ -110,6 +125,8 @@ def build_training(args, device):
 def main(args):
     check(args)
     device = setup(args)
+    # Before anything large is listed or built: a text that is too long is told of at once.
+    vis_texts = read_texts('--vis_text', args.vis_text, text_tower(args)) if args.vis_text else None
 
     # data
     data_loader = build_loader(args, build_dataset(True, args, build_pretrain_transform(args)))
@@ -139,7 +156,7 @@ def main(args):
             interruption=interruption)
         log_epoch(args, log_writer, {**{f'train_{k}': v for k, v in train_stats.items()}, 'epoch': epoch})
         misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
-        log_panels(args, log_writer, epoch, model_without_ddp, teacher, vis_images)
+        log_panels(args, log_writer, epoch, model_without_ddp, teacher, vis_images, vis_texts)
         interruption.after_epoch(epoch)
     print(f'Training time {datetime.timedelta(seconds=int(time.time() - start))}')
 

@@ -13,7 +13,7 @@ BOXES = {
     'hubconf.py': (90, 55, 13, 6, []),
     'engine_pretrain.py': (1, 37.5, 17, 11.5, ['one epoch']),
     'models_milan.py': (20.5, 37.5, 17, 11.5, ['encoder, both decoders,', 'order of patches, losses', 'util/visualize.py']),
-    'util/teacher.py': (40, 37.5, 17, 11.5, ['frozen: images to', 'tokens and importance']),
+    'util/teacher.py': (40, 37.5, 17, 11.5, ['frozen: images to', 'tokens and importance', 'util/texts.py']),
     'engine_finetune.py': (61, 37.5, 19, 11.5, ['one epoch, evaluation,', 'the loop over both']),
     'models_vit.py': (84, 37.5, 19, 11.5, ["the classifier: timm's ViT", 'probes on top of it:', 'util/probes.py']),
     'util/teachers_timm.py': (20.5, 25, 17, 9, ['any ViT of timm', 'as a teacher']),
@@ -38,14 +38,6 @@ ARROWS = {  # caller: called. The row at the bottom is called from all that is a
     'hubconf.py': ['models_vit.py'],
     'engine_pretrain.py': ['models_milan.py'],
     'engine_finetune.py': ['models_vit.py'],
-    'util/teacher.py': ['util/teachers_timm.py', 'clip/'],
-    'util/teachers_timm.py': ['clip/'],
-}
-ROWS = {  # caller: called. The row at the bottom is called from all that is above it.
-    'main_pretrain.py': ['engine_pretrain.py', 'models_milan.py', 'util/teacher.py'],
-    'main_finetune.py': ['engine_finetune.py', 'models_vit.py'],
-    'main_linprobe.py': ['engine_finetune.py', 'models_vit.py'],
-    'engine_pretrain.py': ['models_milan.py'],
     'util/teacher.py': ['util/teachers_timm.py', 'clip/'],
     'util/teachers_timm.py': ['clip/'],
 }

@@ -170,6 +170,14 @@ def tiny_clip(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def talking_clip(tmp_path_factory):
+    """A CLIP for 64-pixel images whose text tower knows all of CLIP's tokens."""
+    path = tmp_path_factory.mktemp('talking') / 'clip.pth.tar'
+    torch.save(load_deterministic(clip.CLIP(**{**TINY_CLIP, 'vocab_size': 49408}), skip=()).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope='session')
 def clip_b16(tmp_path_factory):
     """A file like OpenAI's ViT-B-16.pt in every name and shape, with weights of its own."""
     path = tmp_path_factory.mktemp('clip_b16') / 'ViT-B-16.pt'

@@ -74,6 +74,7 @@ VALUES = {
     'output': (['out.pth', 'out.safetensors', 'out.bin'], [*OUTPUTS, 'FILE:pretrained.pth', 'x.txt', '']),
     'images': (files('a.png grey.jpg one.png'), files('cut.png pipe folder text.pth nan.pth')),
     'text': (['a dog', ''], ['dog ' * 2000, '\udcff', '\x1b']),
+    'vis_text': (['a dog', 'grass/x'], ['', 'dog ' * 2000, '\udcff', '\x1b']),
     'aa': (['', *'rand-m9-mstd0.5-inc1 original v0 3a augmix-m3-w2 rand-m0 rand-n1 rand rand-mstdinf-m3'.split()],
            'rand-mx rand-m-5 rand-n-1 rand-n0 rand-m1e9 rand-w9 augmix-w0 augmix-d-3 augmix-mx x - rand-m9- original-mstdx '
            'rand-mstd-1 rand-incx rand-m99999999999999999999'.split()),

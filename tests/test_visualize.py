@@ -29,14 +29,6 @@ draw = script('tools.visualize')
 
 
 @pytest.fixture(scope='module')
-def talking_clip(tmp_path_factory):
-    """A CLIP for 64-pixel images whose text tower knows all of CLIP's tokens."""
-    path = tmp_path_factory.mktemp('talking') / 'clip.pth.tar'
-    torch.save(load_deterministic(clip.CLIP(**{**TINY_CLIP, 'vocab_size': 49408}), skip=()).state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope='module')
 def timm_vit(tmp_path_factory):
     """Weights of a ViT of timm's: ['--teacher', its name, '--teacher_path', their file]."""
     path = tmp_path_factory.mktemp('timm') / 'vit.pth'

@@ -16,11 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of a script, Python adds its own folder
 
-import clip  # noqa: E402
 import main_pretrain  # noqa: E402
 from models_milan import MODELS, MaskedAutoencoderViT, count_visible  # noqa: E402
 from tools.export import arguments_of, classifier_of  # noqa: E402
@@ -31,15 +29,8 @@ from util.errors import UserError, as_user_error, first_line  # noqa: E402
 from util.images import ImageFile, UnreadableImage  # noqa: E402
 from util.misc import run  # noqa: E402
 from util.teacher import build_teacher, check_teacher  # noqa: E402
-from util.visualize import (  # noqa: E402
-    colours,
-    draw_panels,
-    draw_text_maps,
-    hide,
-    look,
-    score_range,
-    text_scores,
-)
+from util.texts import read_texts, text_tower  # noqa: E402
+from util.visualize import colours, draw_panels, hide, look, text_maps  # noqa: E402
 
 COLUMNS = 4
 TEACHER_FLAGS = 'clip_path', 'teacher', 'teacher_path', 'use_clip_dino', 'use_clip_slip'
@@ -128,30 +119,6 @@ def open_teacher(args, settings, model, device):
     return teacher
 
 
-def text_tower(settings):
-    """Name or file of the CLIP whose image tower the teacher is; '' for teachers of another kind."""
-    if settings.use_clip_dino or settings.use_clip_slip:
-        return ''
-    if settings.teacher:
-        return (settings.teacher_path or settings.teacher) if settings.teacher in clip.available_models() else ''
-    return settings.clip_path
-
-
-def read_texts(texts, settings, teacher):
-    """(features [K, D] of length 1, CLIP's scale of the logits) of the texts, from the text tower beside the teacher."""
-    path = text_tower(settings)
-    if teacher is None or not path:
-        raise UserError('--text compares texts with the tokens of a CLIP that has a text tower: give it by --clip_path')
-    if not all(text.strip() for text in texts):
-        raise UserError('--text: one of the texts is empty')
-    with as_user_error(f'--text with the CLIP {path}', OSError, ValueError, RuntimeError), torch.no_grad():
-        model, _ = clip.load(path, 'cpu')
-        ids = clip.tokenize(texts, model.context_length)
-        if ids.max() >= model.vocab_size:
-            raise ValueError(f'its text tower knows {model.vocab_size} tokens, and the texts need others')
-        return F.normalize(model.encode_text(ids), dim=-1), model.logit_scale.exp().item()
-
-
 def left_out(model, teacher, texts):
     """What cannot be drawn and why, in one line; '' if all is."""
     parts = []
@@ -183,12 +150,10 @@ def text_rows(seen, features, scale):
         rows: [(who sees what, what is seen [N, H, W, 3], K maps [N, H, W, 3], scores [N, K] of whole pictures)].
         value_range: of the maps' colours; see score_range.
     """
-    scores = [text_scores(tokens, seen.tokens, features, scale) for tokens in (seen.tokens, seen.pred) if tokens is not None]
-    value_range = score_range(scores)
-    kinds = [('the teacher sees\nthe whole picture', seen.pixels, None),
-             ('the model sees\nonly these patches', hide(seen.pixels, seen.visible), seen.visible)]
-    return [(label, panel, draw_text_maps(seen, s, value_range, visible), s[:, 0])
-            for (label, panel, visible), s in zip(kinds, scores)], value_range
+    drawn, value_range = text_maps(seen, features, scale)
+    kinds = [('the teacher sees\nthe whole picture', seen.pixels),
+             ('the model sees\nonly these patches', hide(seen.pixels, seen.visible))]
+    return [(*kind, *maps) for kind, maps in zip(kinds, drawn.values())], value_range
 
 
 def add_text_maps(axes, n, texts, rows, value_range, first=0):
@@ -308,7 +273,8 @@ def prepare(args):
     transform = build_transform(False, settings)
     images = [read_picture(path, transform)[None].to(device) for path in args.images]
     teacher = open_teacher(args, settings, model, device)
-    features, scale = read_texts(args.text, settings, teacher) if args.text else (None, None)
+    tower = text_tower(settings) if teacher else ''
+    features, scale = read_texts('--text', args.text, tower) if args.text else (None, None)
     return argparse.Namespace(settings=settings, model=model, teacher=teacher, images=images, features=features,
                               scale=scale)
 

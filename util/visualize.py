@@ -1,9 +1,10 @@
 """What a pretrained model makes of a few pictures, as panels of pixels: for tools/visualize.py and --vis_every.
 
-``look`` runs the model, ``draw_panels`` and ``draw_text_maps`` draw what came out; every panel is uint8 [N, H, W, 3].
+``look`` runs the model, ``draw_panels`` and ``text_maps`` draw what came out; every panel is uint8 [N, H, W, 3].
 """
 
 import math
+import re
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -207,6 +208,23 @@ def pca_colours(features, like=None):
 
 # ---- texts ----
 
+def text_maps(seen, features, scale):
+    """What texts say of a Look: of the teacher's tokens and, where there are any, of the predictions.
+
+    Args:
+        features, scale: see util.texts.read_texts.
+
+    Returns:
+        {who: (K maps [N, H, W, 3], scores [N, K] of whole pictures)} of 'teacher' and 'model'.
+        value_range: of all maps' colours; see score_range.
+    """
+    tokens = {'teacher': seen.tokens, 'model': seen.pred}
+    scores = {who: text_scores(x, seen.tokens, features, scale) for who, x in tokens.items() if x is not None}
+    value_range = score_range(list(scores.values()))
+    return {who: (draw_text_maps(seen, s, value_range, seen.visible if who == 'model' else None), s[:, 0])
+            for who, s in scores.items()}, value_range
+
+
 def text_scores(tokens, teacher_tokens, texts, scale):
     """How well each text describes each token.
 
@@ -244,13 +262,31 @@ def draw_text_maps(seen, scores, value_range, visible=None):
 
 # ---- TensorBoard ----
 
-def log_panels(args, log_writer, epoch, model, teacher, imgs):
-    """Panels of ``imgs`` to TensorBoard after every args.vis_every-th epoch and the last; without either nothing is done."""
+def log_panels(args, log_writer, epoch, model, teacher, imgs, texts=None):
+    """Panels of ``imgs`` to TensorBoard after every args.vis_every-th epoch and the last; without either nothing is done.
+
+    Args:
+        texts: (features, scale) of args.vis_text, see util.texts.read_texts; None: no text maps.
+    """
     if imgs is None or log_writer is None or epoch % args.vis_every and epoch + 1 != args.epochs:
         return
     seen = look(model, teacher, imgs.to(model.pos_embed.device), args.mask_ratio, args.seed)
-    for name, panel in draw_panels(seen).items():
+    panels = draw_panels(seen)
+    for who, (maps, _) in text_maps(seen, *texts)[0].items() if texts else ():
+        panels |= {f'text_{who}/{name}': panel for name, panel in zip(tag_names(args.vis_text), maps)}
+    for name, panel in panels.items():
         panel = np.pad(panel, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=255)
         # on the curves' axis the epoch's last place: the next one's first is where a resumed run begins anew
         log_writer.add_images(f'vis/{name}', panel, (epoch + 1) * 1000 - 1, dataformats='NHWC')
     log_writer.flush()
+
+
+def tag_names(texts):
+    """A part of a tag for each text: a_dog for "a dog!", and a_dog_2 for the next text that would be called so."""
+    names = []
+    for text in texts:
+        stem, k = re.sub(r'[^\w.-]+', '_', text)[:60].strip('_.-') or 'text', 1
+        while (name := stem if k == 1 else f'{stem}_{k}') in names:
+            k += 1
+        names.append(name)
+    return names
