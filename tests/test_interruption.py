@@ -216,7 +216,7 @@ scaler = misc.NativeScalerWithGradNormCount(enabled=False, device='cpu')
 before = layer.module.weight.clone()
 loss = layer(torch.ones(2, 4)).square().sum()
 scaler(loss * float('inf') if dist.get_rank() == 1 else loss, optimizer)
-sys.stdout.write(f'{{torch.equal(before, layer.module.weight)}} {{int(scaler.skipped)}}\\n')  # at once: the other process writes too
+sys.stdout.write(f'{{torch.equal(before, layer.module.weight)}} {{int(scaler.skipped)}}\\n')  # one write, for two processes' sake
 dist.barrier()
 dist.destroy_process_group()
 '''
