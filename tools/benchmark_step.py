@@ -130,7 +130,6 @@ class OwnProcess:
     """
 
     def __init__(self, name, args, threads):
-        self.name = name
         context = multiprocessing.get_context('spawn')
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, name, args, threads), daemon=True)
