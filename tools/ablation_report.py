@@ -141,10 +141,10 @@ def draw(results, setting, teacher, path):
         ax.set_xlabel(f'{title}, %')
     axes[0].set_yticks(range(len(values)), [describe(variant) for variant in values], fontsize=8)
     axes[0].invert_yaxis()
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='upper right', fontsize=8)
     seeds = len({key[-1] for key in results})
     figure.suptitle(f'CIFAR-10, {setting["epochs"]} epochs on {setting["images"]} images; dots: {seeds} seeds, bars: their mean',
-                    fontsize=10)
-    figure.tight_layout()
+                    fontsize=10, x=0.02, ha='left')
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(path)
     plt.close(figure)
