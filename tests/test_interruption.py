@@ -253,3 +253,12 @@ def test_a_stuck_process_ends_the_run_and_is_named(milan_flags, tmp_path):
     said = log.read_text()
     assert 'error: the processes of this run waited for each other in vain' in said and '--dist_timeout' in said, said
     assert 'nothing was heard of process 1' in said, said
+
+
+def test_a_signal_to_a_run_that_saves_nothing(milan_flags, tmp_path):
+    flags = [*milan_flags, '--epochs', 300, '--output_dir', '', '--log_dir', '']
+    process = start((sys.executable,), *flags, log=tmp_path / 'log')
+    wait_for('Epoch [1] [2/6]', tmp_path / 'log', process)
+    process.send_signal(signal.SIGTERM)
+    assert end(process, tmp_path / 'log') == 75
+    assert 'nothing is saved without --output_dir' in (tmp_path / 'log').read_text()

@@ -191,3 +191,11 @@ def test_a_sweep_that_was_killed_between_two_files(labelled_images, sweep, tmp_p
                        '--data_path', labelled_images, '--epochs', 2, '--warmup_epochs', 0, '--blr', 0.1, 0.2,
                        '--output_dir', tmp_path / 'out', '--log_dir', '', '--resume', 'auto'))
     assert 'checkpoint-last.pth: epoch 0 is done' in said
+
+
+def test_fp16_scales_the_loss_of_one_head_and_not_of_a_sweep(classifier_flags, tmp_path):
+    """A sweep clears what is not finite, and the scale would grow for ever."""
+    for name, rates in (('one', [0.1]), ('both', [0.1, 0.5])):
+        ok(linprobe(*classifier_flags, '--amp', 'fp16', '--blr', *rates, '--output_dir', tmp_path / name))
+    one, both = (load(tmp_path / name / 'checkpoint-last.pth')['scaler'] for name in ('one', 'both'))
+    assert one['scale'] > 1 and both == {}

@@ -141,7 +141,9 @@ def test_benchmark_of_the_script(tmp_path, small_images):
 def test_benchmark_says_what_is_wrong(tmp_path):
     for flags, text in ((['all', '--data_path', tmp_path], 'no folder train/'),
                         (['step', '--teacher', 'test_vit'], 'knows one teacher, CLIP'),
-                        (['step', '--model', 'mae_vit_tiny_patch8', '--input_size', 60], '--input_size 60')):
+                        (['step', '--model', 'mae_vit_tiny_patch8', '--input_size', 60], '--input_size 60'),
+                        (['step', '--model', 'mae_vit_tiny_patch8', '--input_size', 64, '--batch_size', 2, '--amp', 'fp32',
+                          '--lr', '1e9', '--warmup_epochs', 0, '--max_skipped_steps', 1], 'steps in a row')):
         result = run(sys.executable, 'tools/benchmark.py', *flags)
         assert result.returncode in (1, 2)
         assert text in result.stderr.splitlines()[-1] and 'Traceback' not in result.stderr

@@ -227,3 +227,26 @@ def test_freed_memory_is_kept():
     assert got['kept'] < 15 * 32, got
     if got['given back'] < 30 * 32:
         pytest.skip('this system hands out memory in large pages, and cannot show the difference')
+
+
+FORK = """
+import os, pathlib, re, torch
+from util import memory
+memory.keep_freed_memory()
+del_me = [torch.ones(1 << 20) for _ in range(64)]  # 256 MB
+del del_me
+def allocated():
+    return int(re.search(r'Anonymous: +([0-9]+)', pathlib.Path('/proc/self/smaps_rollup').read_text())[1]) // 1024
+before = allocated()
+if os.fork() == 0:
+    memory.give_back_freed_memory()
+    print(before, allocated(), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries are left as they are')
+def test_a_forked_process_gives_back_what_is_kept():
+    kept, given_back = map(int, run(sys.executable, '-c', FORK).stdout.split())
+    assert kept > 256 and given_back < kept - 200

@@ -33,9 +33,12 @@ sys.path.insert(0, str(ROOT))  # of a script, Python adds only its own folder
 import clip  # noqa: E402
 from tools import ablation_report as report  # noqa: E402
 from tools.demo import train_clip  # noqa: E402
+from tools.demo.run import last_line  # noqa: E402
 from util.errors import UserError, as_user_error  # noqa: E402
+from util.logs import write_whole  # noqa: E402
 from util.misc import run  # noqa: E402
 from util.parser import Parser, bounded  # noqa: E402
+from util.provenance import available_cores  # noqa: E402
 
 # Images are enlarged to 64 pixels: 64 patches, each 4 pixels of the original. Counts of images are over all ten classes.
 # The setting gpu has not been run yet.
@@ -129,7 +132,7 @@ def train_teacher(setting, out, train, val, device):
     names = sorted({name for _, name in val})
     classes = torch.tensor([names.index(name) for _, name in val])
     accuracy = train_clip.zero_shot(model, read_pixels(val), classes, [caption(name) for name in names])
-    report.write_whole(out / 'teacher.json', json.dumps({'zero_shot': 100 * accuracy}))
+    write_whole(out / 'teacher.json', json.dumps({'zero_shot': 100 * accuracy}))
     print(f'The teacher: {accuracy:.1%} of the validation images by captions')
 
 
@@ -148,13 +151,13 @@ def pretrain_flags(target, decoder, masking, teacher):
 class Runs:
     """Runs the three scripts as processes of their own, which are ended with this one."""
 
-    def __init__(self, args, setting, out):
-        self.setting, self.out = setting, out
+    def __init__(self, args, setting, out, lock):
+        self.setting, self.out, self.lock = setting, out, lock
         self.common = ['--input_size', 64, '--batch_size', setting['batch_size'], '--device', args.device,
                        '--num_workers', args.num_workers, '--resume', 'auto']
         self.env = dict(os.environ)
         if args.device == 'cpu':
-            self.env['OMP_NUM_THREADS'] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
+            self.env['OMP_NUM_THREADS'] = str(max(1, available_cores() // args.jobs))
         self.processes, self.stopped = [], False
         gpus = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(torch.cuda.device_count())))).split(',')
         self.gpus = SimpleQueue()  # one for each script that runs at a time
@@ -188,13 +191,13 @@ class Runs:
         """One script with ``folder`` as its output_dir; what it prints is in output.txt there."""
         folder.mkdir(parents=True, exist_ok=True)
         command = [str(word) for word in (*command, '--output_dir', folder, '--log_dir', folder)]
-        gpu = self.gpus.get()
         if self.stopped:
             raise UserError('stopped')
+        gpu = self.gpus.get()
         with open(folder / 'output.txt', 'a', encoding='utf-8') as output:
             print(f'$ {shlex.join(["python", *command])}', file=output, flush=True)
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-                                       start_new_session=True, close_fds=False,  # Ctrl-C is for us; it has the lock
+                                       start_new_session=True, pass_fds=[self.lock.fileno()],  # Ctrl-C is for us alone
                                        env={**self.env, 'CUDA_VISIBLE_DEVICES': gpu})
         self.processes.append(process)
         status = process.wait()
@@ -207,10 +210,6 @@ class Runs:
         self.stopped = True
         for process in self.processes:
             process.terminate()
-
-
-def last_line(folder):
-    return json.loads((folder / 'log.txt').read_text().splitlines()[-1])
 
 
 # ---- all of it ----
@@ -238,7 +237,6 @@ def open_folder(args, out):
     setting = {'setting': name, 'data_path': str(args.data_path.resolve()), **SETTINGS[name]}
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / '.lock', 'w')
-    os.set_inheritable(lock.fileno(), True)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -246,7 +244,7 @@ def open_folder(args, out):
     file = out / 'setting.json'
     if file.exists() and report.read_json(file) != setting:
         raise UserError(f'--output_dir {out} has results of another setting or of other data ({file}); name another folder')
-    report.write_whole(file, json.dumps(setting))
+    write_whole(file, json.dumps(setting))
     return setting, lock
 
 
@@ -266,7 +264,7 @@ def main(args):
     done = report.read_results(out)
     missing = [(variant, seed) for seed in range(args.seeds) for variant in report.VARIANTS if (*variant, seed) not in done]
     print(f'{len(missing)} of {len(report.VARIANTS) * args.seeds} runs to do, {args.jobs} at a time', flush=True)
-    runs = Runs(args, setting, out)
+    runs = Runs(args, setting, out, lock)
     with lock, ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(runs.run, variant, seed) for variant, seed in missing]
         try:

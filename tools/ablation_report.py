@@ -2,11 +2,11 @@
 
 import itertools
 import json
-import os
 import statistics
 from pathlib import Path
 
 from util.errors import UserError, as_user_error
+from util.logs import write_whole
 
 MEASURES = {'linear': 'linear top-1', 'finetune': 'fine-tuned top-1'}
 FACTORS = {'target': ('pixels', 'CLIP'), 'decoder': ('MAE', 'prompting'), 'masking': ('uniform', 'semantic')}
@@ -19,15 +19,6 @@ VARIANTS = [*itertools.product(*FACTORS.values()), RANDOM]
 def read_json(path):
     with as_user_error(f'{path} cannot be read', OSError, ValueError):
         return json.loads(Path(path).read_text(encoding='utf-8'))
-
-
-def write_whole(path, text):
-    part = path.with_name(f'{path.name}.tmp')
-    with open(part, 'w', encoding='utf-8') as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
 
 
 def read_results(out):

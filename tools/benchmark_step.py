@@ -85,16 +85,16 @@ def measure_step(args, device, options):
     """The entry ``step`` of the result: a dict of what is measured of one model, for JSON."""
     loss = first_losses(args, device)
     with as_user_error(f'--batch_size {args.batch_size} is too much for this GPU, for one of the two formulations',
-                       torch.OutOfMemoryError):
+                       torch.OutOfMemoryError), contextlib.ExitStack() as stack:
         both = {name: OwnProcess(name, args, options.threads) for name in FORMULATIONS}
+        for process in both.values():
+            stack.callback(process.close)
         memory = {name: process.ask('memory') for name, process in both.items()}
         seconds = {name: [] for name in both}
         for _ in range(options.rounds):
             for name, process in both.items():
                 seconds[name].append(process.ask('seconds', options.steps))
         split = both['ours'].ask('split', options.steps * options.rounds)
-        for process in both.values():
-            process.close()
     images = options.steps * args.batch_size
     rates = {name: images / median(rounds) for name, rounds in seconds.items()}
     flop, ceiling = flop_per_image(args), matmul_ceiling(device, args.amp)
@@ -175,7 +175,7 @@ def warmed_up(name, args, threads):
     with contextlib.redirect_stdout(io.StringIO()):
         if name == 'ours':
             compiled = 'off' if not args.compile else 'auto' if device.type == 'cuda' else 'on'
-            device = setup(argparse.Namespace(**{**vars(args), 'compile': compiled}))
+            start(argparse.Namespace(**{**vars(args), 'compile': compiled}), threads)
         formulation = FORMULATIONS[name](args, device)
     formulation.run(2)
     return formulation

@@ -13,6 +13,7 @@ from util.errors import UserError
 from util.lr_sched import absolute_lr
 from util.memory import keep_freed_memory
 from util.parser import Parser, bounded  # noqa: F401
+from util.provenance import available_cores
 
 
 class Device(argparse.Action):
@@ -174,8 +175,7 @@ def setup(args):
     # In bf16 on a CPU, the backward pass of PyTorch's fused attention takes longer than that of the plain formula.
     timm.layers.set_fused_attn(device.type != 'cpu' or args.amp == 'fp32')
     args.pin_mem = args.pin_mem and device.type == 'cuda'
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    args.num_workers = min(args.num_workers, cores)
+    args.num_workers = min(args.num_workers, available_cores())
     print(f'{args.world_size} process(es) on {device.type}, {args.amp}{", compiled" if args.compile else ""}, '
           f'{args.num_workers} loader workers each')
     set_learning_rate(args)

@@ -284,6 +284,15 @@ def open_log(args, epoch=0.0):
     return SummaryWriter(log_dir=args.log_dir, purge_step=purge) if args.log_dir else None
 
 
+def write_whole(path, text):
+    """The file has ``text`` or, if this is interrupted, what it had before."""
+    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f'{path}.tmp', path)
+
+
 def _forget_from(path, epoch):
     """Keep only the lines of log.txt about earlier epochs; the last may have been cut off when the run ended."""
     if not os.path.exists(path):
@@ -291,9 +300,7 @@ def _forget_from(path, epoch):
     with as_user_error(f'{path} could not be read or written', OSError, ValueError, KeyError, TypeError):
         with open(path, encoding='utf-8') as f:
             kept = [line for line in f if line.endswith('\n') and json.loads(line)['epoch'] < epoch]
-        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(kept)
-        os.replace(f'{path}.tmp', path)
+        write_whole(path, ''.join(kept))
 
 
 def log_epoch(args, log_writer, stats):

@@ -12,7 +12,7 @@ def _glibc():
 def keep_freed_memory():
     """Keep what tensors free, in place of handing it back and getting it anew, page by page, in each step.
 
-    For runs on a CPU, where it buys a tenth of a step's time in bf16.
+    For runs on a CPU, where it buys the time in which the system fills those pages with zeros.
     """
     if glibc := _glibc():
         m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # of malloc.h

@@ -17,12 +17,15 @@ import torchvision
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def available_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
 def describe_machine():
     info = Path('/proc/cpuinfo')
     model = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return {'cpu': model[1] if model else platform.processor(), 'cores': cores, 'threads': torch.get_num_threads(),
-            'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    return {'cpu': model[1] if model else platform.processor(), 'cores': available_cores(),
+            'threads': torch.get_num_threads(), 'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
 def describe_versions():
