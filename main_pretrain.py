@@ -1,5 +1,9 @@
-"""Pretrain a ViT by masked image modelling: MILAN with --use_clip --change_decoder --attn_mask, MAE without."""
+"""Pretrain a ViT by masked image modeling: MILAN, or MAE.
 
+MILAN is --use_clip --change_decoder --attn_mask. Without these flags the script trains MAE.
+"""
+
+import argparse
 import datetime
 import time
 
@@ -7,159 +11,306 @@ import torch
 from timm.optim import param_groups_weight_decay
 
 from engine_pretrain import train_one_epoch
-from models_milan import MODELS, count_visible
-from util import misc
-from util.arguments import Parser, add_common_arguments, bounded, check_checkpoint, check_sizes, setup
-from util.datasets import build_dataset, build_pretrain_transform
+from models_milan import MODELS, MaskedAutoencoderViT
+from models_teacher import CLIP_PATH, Teacher, TeacherSpec, build_teacher, check_texts, read_texts
+from util.amp import NativeScalerWithGradNormCount
+from util.arguments import add_common_arguments, add_input_size, check_checkpoint, grid_size_of
+from util.checkpoints.checkpointer import Checkpointer
+from util.cli import Parser, bounded, from_flags, run
+from util.data.loader import build_loader
+from util.datasets import DataConfig, build_dataset, build_pretrain_transform, build_transform
 from util.distributed import distribute
-from util.errors import UserError
-from util.interruption import Interruption
-from util.loader import build_loader
+from util.errors import refuse
 from util.logs import log_epoch, open_log
+from util.lr_sched import Schedule
+from util.masking import count_visible
+from util.panels import fixed_images, log_panels
+from util.preemption import Preemption
+from util.runtime import Runtime, setup
 from util.seeding import seeded
-from util.teacher import CLIP_PATH, build_teacher, check_teacher
-from util.texts import check_texts, read_texts, text_tower
-from util.visualize import fixed_images, log_panels
 
 
-def get_args_parser():
+def get_args_parser() -> Parser:
     parser = Parser('main_pretrain.py', description=__doc__)
     group = parser.add_argument_group('model')
-    group.add_argument('--model', default='mae_vit_large_patch16', choices=MODELS, metavar='NAME', help=', '.join(MODELS))
-    group.add_argument('--input_size', default=224, type=bounded(int, 1, 4096), metavar='PIXELS', help='pixels along a side')
+    group.add_argument(
+        '--model',
+        default='mae_vit_large_patch16',
+        choices=MODELS,
+        metavar='NAME',
+        help=', '.join(MODELS),
+    )
+    add_input_size(group)
 
     group = parser.add_argument_group('method (MILAN: all three, MAE: none)')
-    group.add_argument('--use_clip', action='store_true', help="predict the teacher's features instead of pixels")
-    group.add_argument('--change_decoder', action='store_true', help="the prompting decoder instead of MAE's")
-    group.add_argument('--attn_mask', action='store_true', help="semantic aware masking by the teacher's attention")
+    group.add_argument(
+        '--use_clip', action='store_true', help="predict the teacher's features, not pixels"
+    )
+    group.add_argument(
+        '--change_decoder', action='store_true', help="prompting decoder instead of MAE's"
+    )
+    group.add_argument(
+        '--attn_mask',
+        action='store_true',
+        help="semantic aware masking: sample visible patches by the teacher's attention",
+    )
 
     group = parser.add_argument_group('target and masking')
-    group.add_argument('--mask_ratio', default=0.75, type=bounded(float, 0, 1, open_high=True), metavar='SHARE',
-                       help='share of patches hidden from the encoder')
-    group.add_argument('--norm_pix_loss', action='store_true',
-                       help='without a teacher: normalise the pixels of each target patch')
-    group.add_argument('--pixel_target', action='store_true',
-                       help='predict pixels all the same: the teacher of --use_clip only chooses the visible patches')
-    group.add_argument('--average_targets', default=1, type=bounded(int, 1), metavar='K',
-                       help="target: mean over the teacher's last K blocks")
+    group.add_argument(
+        '--mask_ratio',
+        default=0.75,
+        type=bounded(float, 0, 1, open_high=True),
+        metavar='RATIO',
+        help='fraction of patches hidden from the encoder',
+    )
+    group.add_argument(
+        '--norm_pix_loss',
+        action='store_true',
+        help='normalize the pixels of each target patch; only for the pixel target',
+    )
+    group.add_argument(
+        '--pixel_target',
+        action='store_true',
+        help='predict pixels; use the teacher only to choose which patches stay visible',
+    )
+    group.add_argument(
+        '--average_targets',
+        default=1,
+        type=bounded(int, 1),
+        metavar='K',
+        help="average the outputs of the teacher's last K blocks",
+    )
 
     group = parser.add_argument_group('teacher')
-    group.add_argument('--clip_path', default=CLIP_PATH, metavar='FILE|NAME', help='the teacher: a CLIP file or a name')
-    group.add_argument('--teacher', default='', metavar='NAME', help="a teacher in place of --clip_path's: CLIP's names, "
-                       "or a ViT of timm's such as vit_base_patch16_siglip_224; it is shown images for the grid of --model")
-    group.add_argument('--teacher_path', default='', metavar='FILE', help="weights of --teacher; default: timm's hub")
-    group.add_argument('--use_clip_dino', action='store_true', help='the teacher is DINO, dino_vitbase16_pretrain.pth')
-    group.add_argument('--use_clip_slip', action='store_true', help='the teacher is SLIP, slip_vit_base_16.pth.tar')
-    group.add_argument('--teacher_norm', default='imagenet', choices=['imagenet', 'own'],
-                       help="mean and deviation of the teacher's input: the student's, as published, or its own")
+    group.add_argument(
+        '--clip_path',
+        default=CLIP_PATH,
+        metavar='FILE|NAME',
+        help='CLIP teacher: a file, or a name to download',
+    )
+    group.add_argument(
+        '--teacher',
+        default='',
+        metavar='NAME',
+        help='teacher instead of --clip_path: a CLIP name or any timm ViT, such as '
+        'vit_base_patch16_siglip_224; its input is resized to the patch grid of --model',
+    )
+    group.add_argument(
+        '--teacher_path',
+        default='',
+        metavar='FILE',
+        help="weights of --teacher; default: from timm's hub",
+    )
+    group.add_argument(
+        '--use_clip_dino',
+        action='store_true',
+        help='DINO as the teacher, from dino_vitbase16_pretrain.pth',
+    )
+    group.add_argument(
+        '--use_clip_slip',
+        action='store_true',
+        help='SLIP as the teacher, from slip_vit_base_16.pth.tar',
+    )
+    group.add_argument(
+        '--teacher_norm',
+        default='imagenet',
+        choices=['imagenet', 'own'],
+        help="normalization of the teacher's input: ImageNet statistics (as published), or the "
+        "teacher's own",
+    )
 
-    group = parser.add_argument_group('pictures')
-    group.add_argument('--vis_every', default=0, type=bounded(int, 0), metavar='N',
-                       help='masks, features and predictions of a few images to TensorBoard after every N-th epoch and the '
-                            'last; 0: none')
-    group.add_argument('--vis_text', nargs='+', default=[], metavar='TEXT',
-                       help='with --vis_every and a CLIP as the teacher: how well each text fits its tokens, and those '
-                            'predicted of hidden patches')
+    group = parser.add_argument_group('visualization')
+    group.add_argument(
+        '--vis_every',
+        default=0,
+        type=bounded(int, 0),
+        metavar='N',
+        help='log masks, features and predictions of a few images to TensorBoard after every '
+        'N-th epoch and the last; 0: never',
+    )
+    group.add_argument(
+        '--vis_text',
+        nargs='+',
+        default=[],
+        metavar='TEXT',
+        help='with --vis_every and a CLIP teacher: log how well each text fits the teacher tokens '
+        'and the predictions for hidden patches',
+    )
     add_common_arguments(parser, epochs=400, warmup_epochs=40)
     return parser
 
 
-def check(args):
-    """Combinations of flags that cannot work; a flag that names a teacher turns args.use_clip on."""
-    check_teacher(args)
-    if args.attn_mask and not args.use_clip:
-        raise UserError('--attn_mask needs the teacher that --use_clip brings; give both or neither')
-    if args.pixel_target and not args.attn_mask:
-        raise UserError('--pixel_target leaves the teacher nothing to do without --attn_mask; for pixels and uniform masking '
-                        'leave out --use_clip')
-    if args.vis_every and not args.log_dir:
-        raise UserError('--vis_every draws into TensorBoard: give --log_dir, the folder of its events')
-    if args.vis_text:
-        check_vis_text(args)
-    patches = check_sizes(args, MODELS)
+def check(args: argparse.Namespace) -> TeacherSpec | None:
+    """Validate flag combinations before anything is loaded. Return the teacher, or None."""
+    spec = TeacherSpec.from_args(args)
+    predicts_features = spec is not None and not args.pixel_target
+    patches = grid_size_of(args.model, MODELS[args.model], args.input_size) ** 2
     visible = count_visible(patches, args.mask_ratio)
-    if visible == 0 or (visible == patches and not predicts_features(args)):
-        raise UserError(f'--mask_ratio {args.mask_ratio} leaves {visible} of {patches} patches visible; '
-                        'there is nothing to learn from')
-    check_checkpoint(args)
+    refuse(
+        (
+            args.attn_mask and spec is None,
+            '--attn_mask needs a teacher; add --use_clip, or drop both flags',
+        ),
+        (
+            args.pixel_target and not args.attn_mask,
+            '--pixel_target without --attn_mask leaves the teacher unused; drop --use_clip to '
+            'train MAE',
+        ),
+        (args.vis_every and not args.log_dir, '--vis_every logs to TensorBoard; set --log_dir'),
+        (
+            args.vis_text and not args.vis_every,
+            '--vis_text needs --vis_every N; N is 1 for every epoch',
+        ),
+        (
+            args.vis_text and not predicts_features,
+            '--vis_text compares texts with predicted features, but this run predicts pixels; '
+            'add --use_clip, and drop --pixel_target',
+        ),
+        (
+            visible == 0 or (visible == patches and not predicts_features),
+            f'--mask_ratio {args.mask_ratio} leaves {visible} of {patches} patches visible; '
+            'there is nothing to learn',
+        ),
+    )
+    if args.vis_text:
+        check_texts('--vis_text', args.vis_text, spec.text_tower)
+    check_checkpoint('--resume', args.resume)
+    return spec
 
 
-def check_vis_text(args):
-    if not args.vis_every:
-        raise UserError('--vis_text is drawn when --vis_every draws: give --vis_every N too, 1 for every epoch')
-    if not predicts_features(args):
-        raise UserError('--vis_text compares texts with predicted features, and this run predicts pixels: give --use_clip, '
-                        'and no --pixel_target')
-    check_texts('--vis_text', args.vis_text, text_tower(args))
+def build_training(
+    args: argparse.Namespace, runtime: Runtime, spec: TeacherSpec | None
+) -> tuple[
+    Teacher | None,
+    MaskedAutoencoderViT,
+    torch.optim.Optimizer,
+    NativeScalerWithGradNormCount,
+]:
+    """Build what a run trains. Returns teacher or None, model, optimizer and loss scaler."""
+    # ---- teacher
+    teacher = None
+    if spec is not None:
+        teacher = build_teacher(
+            spec,
+            grid_size=grid_size_of(args.model, MODELS[args.model], args.input_size),
+            input_size=args.input_size,
+            model_name=args.model,
+            device=runtime.device,
+            amp=runtime.amp,
+            compile=runtime.compile,
+        )
 
-
-def predicts_features(args):
-    return args.use_clip and not args.pixel_target
-
-
-def build_model(args, target_dim):
-    """The model of the flags, as large as the images and as wide as the teacher's features."""
-    return MODELS[args.model](
-        img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, use_clip=predicts_features(args), attn_mask=args.attn_mask,
-        change_decoder=args.change_decoder, target_dim=target_dim)
-
-
-def build_training(args, device):
-    """(teacher or None, model, model without DDP, optimiser, loss scaler) of a run."""
-    # teacher and model
-    patch_size = MODELS[args.model].keywords['patch_size']
-    teacher = build_teacher(args, args.input_size // patch_size, device) if args.use_clip else None
+    # ---- model
     with seeded('weights', args.seed):
-        model_without_ddp = build_model(args, teacher.dim if teacher else None).to(device)
-    if args.compile:
-        model_without_ddp.compile()
-    model = distribute(args, model_without_ddp, device)
+        model = MODELS[args.model](
+            img_size=args.input_size,
+            norm_pix_loss=args.norm_pix_loss,
+            use_clip=spec is not None and not args.pixel_target,
+            attn_mask=args.attn_mask,
+            change_decoder=args.change_decoder,
+            target_dim=teacher.dim if teacher else None,
+        )
+    model.to(runtime.device)
+    if runtime.compile:
+        model.compile()
 
-    # optimiser
-    param_groups = param_groups_weight_decay(model_without_ddp, args.weight_decay)
-    optimizer = torch.optim.AdamW(param_groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    loss_scaler = misc.NativeScalerWithGradNormCount(enabled=args.amp == 'fp16', device=device)
-    return teacher, model, model_without_ddp, optimizer, loss_scaler
+    # ---- optimizer
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=runtime.lr, betas=(0.9, 0.95), fused=True)
+    loss_scaler = NativeScalerWithGradNormCount(
+        enabled=runtime.amp == 'fp16', device=runtime.device
+    )
+    return teacher, model, optimizer, loss_scaler
 
 
-def main(args):
-    check(args)
-    device = setup(args)
-    # Before anything large is listed or built: a text that is too long is told of at once.
-    vis_texts = read_texts('--vis_text', args.vis_text, text_tower(args)) if args.vis_text else None
+def main(args: argparse.Namespace) -> None:
+    spec = check(args)
+    runtime = setup(args)
+    # before anything large is loaded, so that a text that is too long fails at once
+    texts = read_texts('--vis_text', args.vis_text, spec.text_tower) if args.vis_text else None
 
-    # data
-    data_loader = build_loader(args, build_dataset(True, args, build_pretrain_transform(args)))
-    print(f'{len(data_loader.dataset)} images in {args.data_path}, {len(data_loader)} steps an epoch')
+    # ---- data
+    data = from_flags(DataConfig, args, **vars(runtime))
+    dataset = build_dataset(True, data, build_pretrain_transform(args.input_size))
+    data_loader = build_loader(
+        dataset, data, accum_iter=args.accum_iter, output_dir=args.output_dir
+    )
+    steps = len(data_loader)
+    print(f'{len(dataset)} images in {args.data_path}, {steps} steps per epoch')
 
-    # model and optimiser
-    teacher, model, model_without_ddp, optimizer, loss_scaler = build_training(args, device)
+    # ---- model and optimizer
+    teacher, model_without_ddp, optimizer, loss_scaler = build_training(args, runtime, spec)
     parameters = sum(p.numel() for p in model_without_ddp.parameters())
     print(f'{args.model}, {parameters / 1e6:.1f} M parameters')
-    resumed = misc.load_model(args, model_without_ddp, optimizer, loss_scaler)
-    if args.start_epoch >= args.epochs:
+    model = distribute(model_without_ddp, runtime.device)
+    schedule = from_flags(Schedule, args, **vars(runtime))
+
+    # ---- resume
+    checkpointer = Checkpointer(
+        model_without_ddp,
+        optimizer,
+        loss_scaler,
+        args.output_dir,
+        flags={**runtime.flags, 'use_clip': spec is not None},
+        epochs=args.epochs,
+        save_every=args.save_every,
+        images_per_step=args.batch_size * runtime.world_size,
+    )
+    start = checkpointer.resume(
+        runtime.resume,
+        start_epoch=args.start_epoch,
+        steps_per_epoch=steps,
+        accum_iter=args.accum_iter,
+    )
+    if start.epoch >= args.epochs:
         print(f'Nothing to do: all of --epochs {args.epochs} are done')
         return
 
-    # loop
-    def save(epoch, **inside):
-        misc.save_model(args, epoch - 1, model, model_without_ddp, optimizer, loss_scaler, **inside)
-
-    interruption = Interruption(args, save, len(data_loader), resumed)
-    log_writer = open_log(args, args.start_epoch + interruption.step / len(data_loader))
-    vis_images = fixed_images(args, data_loader.dataset) if args.vis_every else None
-    start = time.time()
-    for epoch in range(args.start_epoch, args.epochs):
-        data_loader.set_epoch(epoch, interruption.start_of(epoch)[0])
+    # ---- training loop
+    preemption = Preemption(checkpointer, args.save_minutes, args.print_freq)
+    log_writer = open_log(
+        args.output_dir, args.log_dir, checkpointer.flags, start.resumed_at(steps)
+    )
+    images = None
+    if args.vis_every:
+        images = fixed_images(data, build_transform(False, args.input_size), dataset)
+    begin = time.time()
+    for epoch in range(start.epoch, args.epochs):
+        data_loader.set_epoch(epoch, start.step_of(epoch))
         train_stats = train_one_epoch(
-            model, data_loader, optimizer, device, epoch, loss_scaler, log_writer=log_writer, args=args, teacher=teacher,
-            interruption=interruption)
-        log_epoch(args, log_writer, {**{f'train_{k}': v for k, v in train_stats.items()}, 'epoch': epoch})
-        misc.save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
-        log_panels(args, log_writer, epoch, model_without_ddp, teacher, vis_images, vis_texts)
-        interruption.after_epoch(epoch)
-    print(f'Training time {datetime.timedelta(seconds=int(time.time() - start))}')
+            model,
+            data_loader,
+            optimizer,
+            runtime.device,
+            epoch,
+            loss_scaler,
+            log_writer,
+            args,
+            schedule=schedule,
+            teacher=teacher,
+            amp=runtime.amp,
+            start=start,
+            preemption=preemption,
+        )
+        stats = {f'train_{name}': value for name, value in train_stats.items()}
+        log_epoch(log_writer, args.output_dir, {**stats, 'epoch': epoch})
+        checkpointer.save(epoch)
+        is_due = args.vis_every and (epoch % args.vis_every == 0 or epoch + 1 == args.epochs)
+        if is_due and log_writer is not None:
+            log_panels(
+                log_writer,
+                (epoch + 1) * 1000 - 1,  # the x axis is in 1/1000 of an epoch: its last point
+                model_without_ddp,
+                teacher,
+                images.to(runtime.device),
+                mask_ratio=args.mask_ratio,
+                seed=args.seed,
+                texts=texts,
+                text_names=args.vis_text,
+            )
+        preemption.after_epoch(epoch)
+    print(f'Training time {datetime.timedelta(seconds=int(time.time() - begin))}')
 
 
 if __name__ == '__main__':
-    misc.run(main, get_args_parser().parse_args())
+    run(main, get_args_parser().parse_args())

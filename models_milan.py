@@ -1,72 +1,50 @@
-"""MILAN's pretraining model, and MAE as its special case.
+"""The pretraining model: MILAN, with MAE as a special case.
 
-One class covers the family of 2 x 2 x 2: the target is the masked pixels (MAE) or the features a frozen teacher gives for
-the whole image (``use_clip``); the decoder is MAE's or MILAN's prompting decoder (``change_decoder``); the visible patches are
-drawn uniformly or in proportion to the teacher's attention (``attn_mask``).
+One class covers 2 x 2 x 2 methods:
+
+* target: the masked pixels (MAE), or the features that a frozen teacher computes for the whole
+  image (``use_clip``);
+* decoder: MAE's, or MILAN's prompting decoder (``change_decoder``);
+* visible patches: drawn uniformly, or in proportion to the teacher's attention (``attn_mask``).
 
 Papers: MAE, arXiv 2111.06377; MILAN, arXiv 2208.06049.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from timm.models.vision_transformer import Block, Mlp, PatchEmbed
+from torch import Tensor, nn
 
+from util.masking import count_visible, patch_order, take
 from util.pos_embed import get_2d_sincos_pos_embed
 
 
-def patch_order(noise, importance=None):
-    """Random order of the patches of every image, as a sort of perturbed scores (MILAN section 3.3, "semantic aware masking").
-
-    The first K entries of a row are K draws without replacement. With ``importance`` each draw is proportional to the
-    importance of what is left: sorting log(importance) + Gumbel noise has exactly the distribution of drawing one by one, costs
-    one sort, and takes zeros (they come last, in random order among themselves).
-
-    Args:
-        noise: uniform in (0, 1), [N, L], float32.
-        importance: None for the uniform order, else [N, L], >= 0; rows need not sum to 1.
-
-    Returns:
-        ids_shuffle [N, L] int64: the patches' numbers in the order drawn.
-    """
-    if importance is None:
-        return noise.argsort(dim=1)
-    gumbel = -torch.log(-torch.log(noise))
-    scores = importance.float().clamp_min(torch.finfo(torch.float32).tiny).log() + gumbel
-    return scores.argsort(dim=1, descending=True)
-
-
-def count_visible(num_patches, mask_ratio):
-    """K, the number of patches that the encoder sees."""
-    return int(num_patches * (1 - mask_ratio))
-
-
-def take(x, ids):
-    """Rows ``ids`` [N, K] of ``x`` [N, L, D] (or [1, L, D], shared by the batch) -> [N, K, D]."""
-    x = x.expand(ids.shape[0], -1, -1)
-    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
 class PromptingAttention(nn.Module):
-    """Queries from the mask tokens alone; keys and values from the fixed tokens and the mask tokens."""
+    """Attention of the prompting decoder (MILAN section 3.2).
 
-    def __init__(self, dim, num_heads):
+    Queries come from the mask tokens only. Keys and values come from the encoder's tokens and
+    the mask tokens.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.fused_attn = use_fused_attn()  # the switch that timm's blocks obey too
+        self.fused_attn = use_fused_attn()  # the same switch as for timm's blocks
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, y, fixed):
-        """y [N, M, D], fixed [N, K+1, D] -> [N, M, D]."""
+    def forward(self, y: Tensor, encoder_tokens: Tensor) -> Tensor:
+        """Y [N, M, D], encoder_tokens [N, K+1, D] -> [N, M, D]."""
         n, m, d = y.shape
         heads = (self.num_heads, d // self.num_heads)
         q = self.q(y).view(n, m, *heads).transpose(1, 2)
-        k, v = self.kv(torch.cat([fixed, y], dim=1)).view(n, -1, 2, *heads).permute(2, 0, 3, 1, 4)
+        kv = self.kv(torch.cat([encoder_tokens, y], dim=1))
+        k, v = kv.view(n, -1, 2, *heads).permute(2, 0, 3, 1, 4)
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -75,121 +53,180 @@ class PromptingAttention(nn.Module):
 
 
 class PromptingBlock(nn.Module):
-    """Block of the prompting decoder (MILAN section 3.2): it updates mask tokens and never the encoder's tokens."""
+    """Block of the prompting decoder (MILAN section 3.2).
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0, norm_layer=nn.LayerNorm):
+    It updates the mask tokens and never the encoder's tokens, which MILAN calls fixed.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+    ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)
         self.attn = PromptingAttention(dim, num_heads)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x, fixed):
-        """Mask tokens x [N, M, D], fixed tokens [N, K+1, D] (not normalised here) -> updated mask tokens [N, M, D]."""
-        x = x + self.attn(self.norm1(x), fixed)
+    def forward(self, x: Tensor, encoder_tokens: Tensor) -> Tensor:
+        """Update the mask tokens x [N, M, D]; encoder_tokens [N, K+1, D] are not normalized."""
+        x = x + self.attn(self.norm1(x), encoder_tokens)
         return x + self.mlp(self.norm2(x))
 
 
 class MaskedAutoencoderViT(nn.Module):
     """Masked autoencoder with a ViT encoder.
 
-    Between the encoder and the loss, tokens stand in the order they were drawn: class token, visible patches, masked patches.
-    Attention does not ask for an order (positions are added to the tokens) and the losses are means, so that nothing is sorted
-    back but the prediction handed to the caller.
+    Between the encoder and the loss, tokens are kept in shuffled order: class token, visible
+    patches, masked patches. Attention is permutation-equivariant (positions are added to the
+    tokens) and the losses are means, so only the returned prediction is unshuffled.
 
     Args:
-        img_size, patch_size: pixels; images are square and img_size is a multiple of patch_size.
+        img_size, patch_size: pixels; images are square, img_size a multiple of patch_size.
         in_chans, embed_dim, depth, num_heads, mlp_ratio: the encoder, a plain ViT.
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder.
         norm_layer: LayerNorm with the published eps by default.
-        norm_pix_loss: normalise the pixels of each target patch (MAE section 3); only without use_clip.
+        norm_pix_loss: normalize the pixels of each target patch (MAE section 3); only used
+            without use_clip.
         use_clip: predict the teacher's features for all tokens instead of the masked pixels.
         attn_mask: draw visible patches by the teacher's importance instead of uniformly.
-        change_decoder: the prompting decoder instead of MAE's.
-        target_dim: width of the teacher's features; needed with use_clip, ignored without.
+        change_decoder: use the prompting decoder instead of MAE's.
+        target_dim: width D_t of the teacher's features; required by use_clip.
 
     Raises:
-        ValueError: sizes that do not fit, or use_clip without target_dim.
+        ValueError: if the sizes do not fit, or for use_clip without target_dim.
     """
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=1024, depth=24, num_heads=16,
-                 decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, mlp_ratio=4.0,
-                 norm_layer=partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=False, use_clip=False, attn_mask=False,
-                 change_decoder=False, target_dim=None):
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer: Callable[..., nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+        norm_pix_loss: bool = False,
+        use_clip: bool = False,
+        attn_mask: bool = False,
+        change_decoder: bool = False,
+        target_dim: int | None = None,
+    ) -> None:
         super().__init__()
         if img_size % patch_size:
-            raise ValueError(f'the image size {img_size} is not a multiple of the patch size {patch_size}')
+            raise ValueError(
+                f'the image size {img_size} is not a multiple of the patch size {patch_size}'
+            )
         if use_clip and target_dim is None:
             raise ValueError("use_clip needs target_dim, the width of the teacher's features")
-        self.in_chans = in_chans
-        self.use_clip = use_clip
-        self.attn_mask = attn_mask
-        self.norm_pix_loss = norm_pix_loss
-        self.change_decoder = change_decoder
+        self.use_clip, self.attn_mask, self.change_decoder = use_clip, attn_mask, change_decoder
+        self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
 
         # encoder
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        num_patches = self.patch_embed.num_patches
+        length = self.patch_embed.num_patches + 1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dim), requires_grad=False)
-        self.blocks = nn.ModuleList([
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)])
+        self.pos_embed = nn.Parameter(torch.zeros(1, length, embed_dim), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
+            for _ in range(depth)
+        )
         self.norm = norm_layer(embed_dim)
 
         # decoder
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, decoder_embed_dim), requires_grad=False)
-        decoder_block = PromptingBlock if change_decoder else partial(Block, qkv_bias=True)
-        self.decoder_blocks = nn.ModuleList([
-            decoder_block(decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer=norm_layer)
-            for _ in range(decoder_depth)])
-        self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, target_dim if use_clip else patch_size**2 * in_chans)
+        dim = decoder_embed_dim
+        block = PromptingBlock if change_decoder else partial(Block, qkv_bias=True)
+        self.decoder_embed = nn.Linear(embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, length, dim), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            block(dim, decoder_num_heads, mlp_ratio, norm_layer=norm_layer)
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = norm_layer(dim)
+        self.decoder_pred = nn.Linear(dim, target_dim if use_clip else patch_size**2 * in_chans)
 
         self.initialize_weights()
 
-    def initialize_weights(self):
+    # ---- initialization ----
+
+    def initialize_weights(self) -> None:
+        """Initialize as MAE does; the position tables are fixed sine-cosine tables."""
         grid_size = self.patch_embed.grid_size[0]
         for table in (self.pos_embed, self.decoder_pos_embed):
             values = get_2d_sincos_pos_embed(table.shape[-1], grid_size, cls_token=True)
             table.data.copy_(torch.from_numpy(values).unsqueeze(0))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
-        self.apply(self._init_weights)
-        # the patch embedding is a linear layer that happens to be written as a convolution
+        for module in self.modules():  # norms already are 1 and 0
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        # the patch embedding is a linear layer, written as a convolution
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
 
-    @staticmethod
-    def _init_weights(m):
-        if isinstance(m, nn.Linear):
-            nn.init.xavier_uniform_(m.weight)
-            nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.LayerNorm):
-            nn.init.ones_(m.weight)
-            nn.init.zeros_(m.bias)
+    # ---- patches ----
 
-    def patchify(self, imgs, channels_first=False):
-        """imgs [N, C, H, W] -> [N, L, p*p*C], the pixels of a patch ordered by row, column, channel; or channel, row, column."""
+    def patchify(self, imgs: Tensor, channels_first: bool = False) -> Tensor:
+        """Cut images [N, C, H, W] into patches [N, L, p*p*C].
+
+        The pixels of a patch are ordered by row, column, channel; with ``channels_first`` by
+        channel, row, column.
+        """
         p = self.patch_embed.patch_size[0]
         n, c, h, w = imgs.shape
         x = imgs.reshape(n, c, h // p, p, w // p, p)
         x = x.permute(0, 2, 4, 1, 3, 5) if channels_first else x.permute(0, 2, 4, 3, 5, 1)
         return x.reshape(n, (h // p) * (w // p), p * p * c)
 
-    def unpatchify(self, x):
-        """The inverse of patchify: [N, L, p*p*C] -> [N, C, H, W]."""
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Invert patchify: patches [N, L, p*p*C] -> images [N, C, H, W]."""
         p = self.patch_embed.patch_size[0]
         g = self.patch_embed.grid_size[0]
         x = x.reshape(x.shape[0], g, g, p, p, self.in_chans)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.in_chans, g * p, g * p)
 
-    def forward_encoder(self, imgs, ids_keep):
-        """imgs [N, C, H, W] and the visible patches' numbers [N, K] -> latent [N, K+1, D], class token first."""
-        # The convolution of the patch embedding is a linear layer on each patch; only the visible ones go through it.
+    def draw_order(self, noise: Tensor, importance: Tensor | None = None) -> Tensor:
+        """Decide the mask: draw an order of the patches. The first K of it stay visible.
+
+        Args:
+            noise: [N, L] float32, uniform in (0, 1).
+            importance: [N, L] from the teacher; only used, and required, with attn_mask.
+
+        Returns:
+            ids_shuffle [N, L] int64; see util.masking.patch_order.
+
+        Raises:
+            ValueError: for attn_mask without importance.
+        """
+        if self.attn_mask and importance is None:
+            raise ValueError("attn_mask needs the teacher's importance: pass teacher_out")
+        return patch_order(noise, importance if self.attn_mask else None)
+
+    # ---- encoder, decoder, loss ----
+
+    def forward_encoder(self, imgs: Tensor, ids_keep: Tensor) -> Tensor:
+        """Encode the visible patches.
+
+        Args:
+            imgs: [N, C, H, W].
+            ids_keep: [N, K], indices of the visible patches.
+
+        Returns:
+            latent [N, K+1, D], class token first.
+        """
+        # The patch embedding is a linear layer on each patch: apply it to visible patches only.
         proj = self.patch_embed.proj
-        x = F.linear(take(self.patchify(imgs, channels_first=True), ids_keep), proj.weight.flatten(1), proj.bias)
+        patches = take(self.patchify(imgs, channels_first=True), ids_keep)
+        x = F.linear(patches, proj.weight.flatten(1), proj.bias)
         x = x + take(self.pos_embed[:, 1:], ids_keep)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat([cls_token, x], dim=1)
@@ -197,79 +234,117 @@ class MaskedAutoencoderViT(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def forward_decoder(self, latent, ids_shuffle):
-        """latent [N, K+1, D] -> prediction [N, L+1, target width]: class token, visible, masked, in the order drawn."""
+    def forward_decoder(self, latent: Tensor, ids_shuffle: Tensor) -> Tensor:
+        """Predict the target of every token.
+
+        Args:
+            latent: [N, K+1, D] from forward_encoder.
+            ids_shuffle: [N, L], visible patches first.
+
+        Returns:
+            pred [N, L+1, D_t or p*p*C] in shuffled order: class token, visible, masked patches.
+        """
         visible = latent.shape[1] - 1
         pos = take(self.decoder_pos_embed[:, 1:], ids_shuffle)
-        fixed = self.decoder_embed(latent)
-        fixed = fixed + torch.cat([self.decoder_pos_embed[:, :1].expand(len(pos), -1, -1), pos[:, :visible]], dim=1)
+        cls_pos = self.decoder_pos_embed[:, :1].expand(len(pos), -1, -1)
+        encoder_pos = torch.cat([cls_pos, pos[:, :visible]], dim=1)
+        encoder_tokens = self.decoder_embed(latent) + encoder_pos
         x = self.mask_token + pos[:, visible:]
         if self.change_decoder:
             for block in self.decoder_blocks:
-                x = block(x, fixed)
-            x = torch.cat([fixed.to(x.dtype), x], dim=1)
+                x = block(x, encoder_tokens)
+            x = torch.cat([encoder_tokens.to(x.dtype), x], dim=1)
         else:
-            x = torch.cat([fixed, x], dim=1)
+            x = torch.cat([encoder_tokens, x], dim=1)
             for block in self.decoder_blocks:
                 x = block(x)
         return self.decoder_pred(self.decoder_norm(x))
 
-    def forward_loss(self, imgs, pred, clip_tokens, ids_shuffle, visible):
-        """Scalar loss; pred [N, L+1, target width] in the order drawn, of which ``visible`` patches were seen.
+    def forward_loss(
+        self,
+        imgs: Tensor,
+        pred: Tensor,
+        tokens: Tensor | None,
+        ids_shuffle: Tensor,
+        visible: int,
+    ) -> Tensor:
+        """Compute the loss.
 
-        With use_clip 2 - 2 cos(prediction, target), mean over all tokens (MILAN equation 4); clip_tokens [N, L+1, target_dim].
-        Without, the mean squared error on the masked patches' pixels.
+        With use_clip: 2 - 2 cos(prediction, target), averaged over all L+1 tokens (MILAN
+        equation 4). Without: mean squared error on the pixels of the masked patches (MAE).
+
+        Args:
+            imgs: [N, C, H, W], the pixel target; not used with use_clip.
+            pred: [N, L+1, D_t or p*p*C] in shuffled order, from forward_decoder.
+            tokens: [N, L+1, D_t] of the teacher in image order; only used with use_clip.
+            ids_shuffle: [N, L], visible patches first.
+            visible: number K of visible patches.
+
+        Returns:
+            The loss, a scalar, computed in float32 or wider.
         """
         pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
         if self.use_clip:
-            clip_tokens = clip_tokens.detach()  # the teacher is frozen, whoever calls
-            target = torch.cat([clip_tokens[:, :1], take(clip_tokens[:, 1:], ids_shuffle)], dim=1).to(pred.dtype)
-            cos = (F.normalize(pred, dim=-1) * F.normalize(target, dim=-1)).sum(dim=-1)
-            return (2 - 2 * cos).mean()
+            tokens = tokens.detach()  # never backpropagate into the teacher
+            target = torch.cat([tokens[:, :1], take(tokens[:, 1:], ids_shuffle)], dim=1)
+            target = F.normalize(target.to(pred.dtype), dim=-1)
+            return (2 - 2 * (F.normalize(pred, dim=-1) * target).sum(dim=-1)).mean()
         target = take(self.patchify(imgs), ids_shuffle[:, visible:]).to(pred.dtype)
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (var + 1e-6).sqrt()
-        return F.mse_loss(pred[:, 1 + visible:], target)
+        return F.mse_loss(pred[:, 1 + visible :], target)
 
-    def forward(self, imgs, mask_ratio=0.75, clip_teacher=None, ids_shuffle=None, loss_only=False):
-        """One forward pass.
+    def forward(
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        teacher_out: tuple[Tensor | None, Tensor | None] | None = None,
+        ids_shuffle: Tensor | None = None,
+        return_pred: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Mask, encode, decode and compute the loss.
 
         Args:
-            imgs: [N, C, H, W], normalised.
-            mask_ratio: share of patches hidden from the encoder, in [0, 1); count_visible says how many stay visible.
-            clip_teacher: (tokens [N, L+1, target_dim], importance [N, L]) of the teacher for these images; needed with use_clip
-                (tokens) and attn_mask (importance).
-            ids_shuffle: [N, L], the patches in the order to draw them; drawn here from torch's generator if not given.
-            loss_only: leave out pred and mask (None), which nobody asks for in training.
+            imgs: [N, C, H, W], normalized.
+            mask_ratio: fraction of patches hidden from the encoder, in [0, 1); see
+                count_visible.
+            teacher_out: (tokens [N, L+1, D_t], importance [N, L]) of the teacher for these
+                images. use_clip needs the tokens, attn_mask the importance.
+            ids_shuffle: [N, L], order of the patches, visible ones first. None draws it with
+                torch's global generator.
+            return_pred: False skips pred and mask; training only needs the loss.
 
         Returns:
             loss: scalar.
-            pred: in image order: [N, L+1, target_dim] with the class token first, or pixels [N, L, p*p*C] without use_clip.
-            mask: [N, L] in image order, 1 = masked, 0 = visible.
+            pred: in image order, [N, L+1, D_t] with the class token first, or pixels
+                [N, L, p*p*C] without use_clip. None without return_pred.
+            mask: [N, L] in image order, 1 = masked, 0 = visible. None without return_pred.
 
         Raises:
-            ValueError: a teacher that is needed and not given, or a mask_ratio that leaves nothing to see or to predict.
+            ValueError: if the teacher's output is needed and missing, or mask_ratio leaves no
+                patch to see or nothing to predict.
         """
-        tokens, importance = clip_teacher if clip_teacher is not None else (None, None)
+        tokens, importance = teacher_out or (None, None)
         n, length = imgs.shape[0], self.patch_embed.num_patches
         visible = count_visible(length, mask_ratio)
         if visible < 1 or visible == length and not self.use_clip:
-            raise ValueError(f'mask_ratio {mask_ratio} leaves {visible} of {length} patches visible: nothing to learn from')
+            raise ValueError(
+                f'mask_ratio {mask_ratio} leaves {visible} of {length} patches visible: '
+                'nothing to learn from'
+            )
         if self.use_clip and tokens is None:
-            raise ValueError("use_clip needs the teacher's tokens: give clip_teacher")
-        if self.attn_mask and importance is None and ids_shuffle is None:
-            raise ValueError("attn_mask needs the teacher's importance: give clip_teacher")
+            raise ValueError("use_clip needs the teacher's tokens: pass teacher_out")
         if ids_shuffle is None:
             noise = torch.rand(n, length, device=imgs.device).clamp_min(1e-12)
-            ids_shuffle = patch_order(noise, importance if self.attn_mask else None)
+            ids_shuffle = self.draw_order(noise, importance)
 
         latent = self.forward_encoder(imgs, ids_shuffle[:, :visible])
         pred = self.forward_decoder(latent, ids_shuffle)
         loss = self.forward_loss(imgs, pred, tokens, ids_shuffle, visible)
-
-        if loss_only:
+        if not return_pred:
             return loss, None, None
+
         ids_restore = ids_shuffle.argsort(dim=1)
         mask = (ids_restore >= visible).to(imgs.dtype)
         patches = take(pred[:, 1:], ids_restore)
@@ -277,19 +352,43 @@ class MaskedAutoencoderViT(nn.Module):
         return loss, pred, mask
 
 
-# Every function below whose name starts with mae_vit_ is a choice of --model; a new one is one line.
-mae_vit_tiny_patch8_dec128d2b = partial(
-    MaskedAutoencoderViT, img_size=64, patch_size=8, embed_dim=192, depth=6, num_heads=3,
-    decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)  # for tests and the demo
-mae_vit_small_patch16_dec512d8b = partial(MaskedAutoencoderViT, patch_size=16, embed_dim=384, depth=12, num_heads=6)
-mae_vit_base_patch16_dec512d8b = partial(MaskedAutoencoderViT, patch_size=16, embed_dim=768, depth=12, num_heads=12)
-mae_vit_large_patch16_dec512d8b = partial(MaskedAutoencoderViT, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
-mae_vit_huge_patch14_dec512d8b = partial(MaskedAutoencoderViT, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
+# ---- models ----
 
-mae_vit_tiny_patch8 = mae_vit_tiny_patch8_dec128d2b
-mae_vit_small_patch16 = mae_vit_small_patch16_dec512d8b
-mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
-mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
-mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
+mae_vit_tiny_patch8_dec128d2b = mae_vit_tiny_patch8 = partial(  # for tests and the demo
+    MaskedAutoencoderViT,
+    img_size=64,
+    patch_size=8,
+    embed_dim=192,
+    depth=6,
+    num_heads=3,
+    decoder_embed_dim=128,
+    decoder_depth=2,
+    decoder_num_heads=4,
+)
+mae_vit_small_patch16_dec512d8b = mae_vit_small_patch16 = partial(
+    MaskedAutoencoderViT, patch_size=16, embed_dim=384, depth=12, num_heads=6
+)
+mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16 = partial(
+    MaskedAutoencoderViT, patch_size=16, embed_dim=768, depth=12, num_heads=12
+)
+mae_vit_large_patch16_dec512d8b = mae_vit_large_patch16 = partial(
+    MaskedAutoencoderViT, patch_size=16, embed_dim=1024, depth=24, num_heads=16
+)
+mae_vit_huge_patch14_dec512d8b = mae_vit_huge_patch14 = partial(
+    MaskedAutoencoderViT, patch_size=14, embed_dim=1280, depth=32, num_heads=16
+)
 
-MODELS = {name: make for name, make in list(globals().items()) if name.startswith('mae_vit_')}
+# The choices of --model. To add a model, add one line here: its name, and a function that takes
+# the keyword arguments of MaskedAutoencoderViT, each with a default, and returns the model.
+MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
+    'mae_vit_tiny_patch8': mae_vit_tiny_patch8,
+    'mae_vit_small_patch16': mae_vit_small_patch16,
+    'mae_vit_base_patch16': mae_vit_base_patch16,
+    'mae_vit_large_patch16': mae_vit_large_patch16,
+    'mae_vit_huge_patch14': mae_vit_huge_patch14,
+    'mae_vit_tiny_patch8_dec128d2b': mae_vit_tiny_patch8_dec128d2b,
+    'mae_vit_small_patch16_dec512d8b': mae_vit_small_patch16_dec512d8b,
+    'mae_vit_base_patch16_dec512d8b': mae_vit_base_patch16_dec512d8b,
+    'mae_vit_large_patch16_dec512d8b': mae_vit_large_patch16_dec512d8b,
+    'mae_vit_huge_patch14_dec512d8b': mae_vit_huge_patch14_dec512d8b,
+}

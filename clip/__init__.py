@@ -1,3 +1,5 @@
+"""CLIP under the names of OpenAI's package. It needs only util/, and can be copied with it."""
+
 from .clip import available_models, load, tokenize
 from .model import CLIP, build_model
 

@@ -1,195 +1,223 @@
-"""Weighted k-nearest-neighbour accuracy of an encoder's features: a look at a checkpoint that trains nothing.
+r"""Weighted k-nearest-neighbor accuracy of an encoder: evaluates a checkpoint without training.
 
-    python tools/knn.py --model vit_base_patch16 --finetune OUT/checkpoint-399.pth --data_path /dataset/imagenet
-    torchrun --nproc_per_node=8 tools/knn.py ...
+    python -m tools.knn --model vit_base_patch16 --finetune OUT/checkpoint-399.pth \
+        --data_path /dataset/imagenet
+    torchrun --nproc_per_node=8 -m tools.knn ...
 
-As DINO measures it (arXiv 2104.14294): of an image of val/, the k training images with the highest cosine similarity vote for
-their classes, with weight exp(similarity / temperature). No image is augmented.
+As in DINO (arXiv 2104.14294): for each image of val/, the k training images with the highest
+cosine similarity vote for their classes with weight exp(similarity / temperature). Images
+are not augmented.
 """
 
 import argparse
 import json
-import os
-import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of a script, Python adds only its own folder
-
-from models_vit import MODELS  # noqa: E402
-from util import misc  # noqa: E402
-from util.arguments import (  # noqa: E402
-    Parser,
+from models_probe import build_encoder
+from models_vit import MODELS
+from util.amp import autocast
+from util.arguments import (
     add_data_arguments,
     add_device_arguments,
     add_encoder_arguments,
+    add_print_freq,
     add_process_arguments,
-    bounded,
     check_checkpoint,
-    check_sizes,
-    setup,
+    grid_size_of,
 )
-from util.datasets import build_dataset, build_linprobe_transform, check_classes, normalise  # noqa: E402
-from util.errors import UserError, as_user_error  # noqa: E402
-from util.loader import build_loader  # noqa: E402
-from util.probes import build_encoder  # noqa: E402
+from util.cli import Parser, bounded, from_flags, run
+from util.data.loader import build_loader
+from util.datasets import (
+    DataConfig,
+    build_dataset,
+    build_linprobe_transform,
+    check_classes,
+    normalize,
+)
+from util.distributed import get_world_size, is_main_process
+from util.errors import as_user_error, refuse
+from util.logs import MetricLogger
+from util.runtime import start_runtime
 
-BANK, QUERIES = 1 << 14, 1 << 10  # training and validation images compared at a time: a matrix of 64 MB
-
-
-# ---- features ----
-
-def build_sets(args):
-    """(training set, validation set), both without augmentation."""
-    transform = build_linprobe_transform(False, args)
-    val = build_dataset(False, args, transform)
-    # a stream that is asked for as a training set comes shuffled and cut to equal parts for the processes
-    as_val = argparse.Namespace(**{**vars(args), 'val_split': args.train_split})
-    train = build_dataset(False, as_val, transform) if args.dataset else build_dataset(True, args, transform)
-    check_classes(args, train, val)
-    return train, val
+QUERIES = 256  # images compared with all training images at a time: 1.3 GB for ImageNet
 
 
+# Compute the features of all images on all ranks: [N, D] of length 1 (float32) and labels [N] on
+# the CPU. On rank 0 they are in the order of the data set, for any number of ranks. On other
+# ranks they are those of the rank's share.
 @torch.no_grad()
-def extract(model, loader, device, args, header):
-    """Features and classes of all images that the processes' loaders give together, on the first process.
-
-    Returns:
-        (float32 [N, D] of length 1, int64 [N]) on the CPU, in the data set's order, whatever the number of processes; on the
-        other processes nothing of use.
-
-    Raises:
-        UserError: not one of the images could be read.
-    """
-    features, classes, numbers = [torch.zeros(0, model.num_features)], [torch.zeros(0).long()], [torch.zeros(0).long()]
-    for images, targets, samples in misc.MetricLogger().log_every(loader, args.print_freq, header):
-        with misc.autocast(device, args.amp):
-            x = model(normalise(images.to(device, non_blocking=True)))
-        features.append(F.normalize(x.float(), dim=1).cpu())
-        classes.append(targets)
-        numbers.append(samples)
-    parts = [torch.cat(part) for part in (features, classes, numbers)]
-    if loader.shared:
-        parts = [gather(part, device) for part in parts]
-    features, classes, numbers = parts
-    if misc.is_main_process() and len(numbers) == 0:
-        raise UserError(f'{header}: no image could be read')
-    order = numbers.argsort()
-    return features[order], classes[order]
+def _extract(model, loader, device, amp, print_freq, header):
+    batches = [(torch.zeros(0, model.num_features), *torch.zeros(2, 0, dtype=torch.int64))]
+    for images, labels, ids in MetricLogger().log_every(loader, print_freq, header):
+        with autocast(device, amp):
+            features = model(normalize(images.to(device, non_blocking=True))).float()
+        batches.append((torch.nn.functional.normalize(features, dim=1).cpu(), labels, ids))
+    shares = [batches]
+    if loader.shared and get_world_size() > 1:
+        shares *= get_world_size() * is_main_process()
+        torch.distributed.gather_object(batches, shares or None)
+    features, labels, ids = map(torch.cat, zip(*chain(*(shares or [batches]))))
+    refuse((is_main_process() and not len(ids), f'{header}: no image could be read'))
+    return features[ids.argsort()], labels[ids.argsort()]
 
 
-def gather(x, device):
-    """The rows of ``x`` [n, ...] of all processes, one process after the other, on the first; n may differ among them."""
-    if misc.get_world_size() == 1:
-        return x
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(misc.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(x)], device=device))
-    counts = torch.cat(counts).tolist()
-    parts = [[] for _ in counts]
-    for start in range(0, max(counts), BANK):
-        block = torch.zeros(min(BANK, max(counts) - start), *x.shape[1:], dtype=x.dtype, device=device)
-        mine = x[start:start + len(block)]
-        block[:len(mine)] = mine.to(device)
-        received = [torch.empty_like(block) for _ in counts] if misc.is_main_process() else []
-        dist.gather(block, received or None)
-        for part, rows, count in zip(parts, received, counts):
-            part.append(rows[:max(0, count - start)].cpu())
-    return torch.cat([rows for part in parts for rows in part]) if misc.is_main_process() else x
-
-
-# ---- neighbours ----
-
-def nearest(queries, bank, k, device):
-    """The ``k`` rows of ``bank`` [M, D] most similar to each row of ``queries`` [Q, D].
-
-    Both are of length 1, on the CPU. The bank passes over ``device`` once, a block at a time, and the whole matrix of
-    similarities never exists.
-
-    Returns:
-        similarities, highest first, and rows of the bank: both [Q, min(k, M)], on the CPU.
-    """
-    best = [(torch.zeros(len(q), 0, device=device), torch.zeros(len(q), 0, dtype=torch.int64, device=device))
-            for q in queries.split(QUERIES)]
-    queries = queries.to(device).split(QUERIES)
-    for start in range(0, len(bank), BANK):
-        block = bank[start:start + BANK].to(device)
-        for i, q in enumerate(queries):
-            values, rows = (q @ block.T).topk(min(k, len(block)))
-            values, rows = torch.cat([best[i][0], values], dim=1), torch.cat([best[i][1], rows + start], dim=1)
-            values, order = values.topk(min(k, values.shape[1]))
-            best[i] = values, rows.gather(1, order)
-    return tuple(torch.cat(part).cpu() for part in zip(*best))
-
-
-def accuracies(similarities, classes, targets, ks, temperature, num_classes):
-    """Top-1 and top-5 accuracy of the weighted vote, in per cent: a dict {k: (top1, top5)}.
+def accuracies(
+    queries: torch.Tensor,
+    targets: torch.Tensor,
+    bank: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    device: torch.device | str = 'cpu',
+) -> dict[int, tuple[float, float]]:
+    """Compute the accuracy of the weighted vote.
 
     Args:
-        similarities: [Q, K], highest first; classes: of the same neighbours [Q, K]; targets: the right classes [Q].
-        ks: how many neighbours vote; all K where that is more.
+        queries: features of the validation images [Q, D], of length 1.
+        targets: their labels [Q].
+        bank: features of the training images [M, D], of length 1.
+        labels: their labels [M].
+        ks: numbers of neighbors that vote. If k exceeds M, all training images vote.
+        device: where similarities are computed.
+
+    Returns:
+        {k: (top-1, top-5)} in percent.
     """
-    results = {}
-    for k in ks:
-        hits = torch.zeros(2)
-        for s, c, t in zip(similarities[:, :k].split(QUERIES), classes[:, :k].split(QUERIES), targets.split(QUERIES)):
-            weights = ((s - s[:, :1]) / temperature).exp().double()  # relative to the nearest: no overflow at low temperatures
-            votes = torch.zeros(len(t), num_classes, dtype=torch.float64).scatter_add_(1, c, weights)
+    bank, most = bank.to(device), min(max(ks), len(bank))
+    hits = torch.zeros(len(ks), 2, dtype=torch.int64)
+    for q, target in zip(queries.split(QUERIES), targets.split(QUERIES)):
+        similarities, rows = map(torch.Tensor.cpu, (q.to(device) @ bank.T).topk(most))
+        # relative to the nearest, so that exp() does not overflow at low temperatures
+        weights = ((similarities.double() - similarities[:, :1]) / temperature).exp()
+        for i, k in enumerate(ks):
+            votes = torch.zeros(len(q), num_classes, dtype=torch.float64).scatter_add(
+                1, labels[rows[:, :k]], weights[:, :k]
+            )
             values, predicted = votes.topk(min(5, num_classes))
-            right = (predicted == t[:, None]) & (values > 0)  # a class without a vote is no prediction
-            hits += torch.stack([right[:, 0].sum(), right.sum()])
-        results[k] = tuple((100 * hits.double() / len(targets)).tolist())
-    return results
+            correct = (predicted == target[:, None]) & (values > 0)  # not without a vote
+            hits[i] += torch.stack([correct[:, 0].sum(), correct.sum()])
+    percent = 100 * hits.double() / len(targets)
+    return dict(zip(ks, map(tuple, percent.tolist())))
 
 
-# ---- the command ----
-
-def get_args_parser():
-    parser = Parser('tools/knn.py', description="Weighted k-nearest-neighbour accuracy of an encoder's features")
+def get_args_parser() -> Parser:
+    parser = Parser('python -m tools.knn', description=__doc__)
     add_encoder_arguments(parser, MODELS)
-    group = parser.add_argument_group('neighbours')
-    group.add_argument('--k', nargs='+', default=[10, 20, 100, 200], type=bounded(int, 1), metavar='K',
-                       help='training images that vote; default: 10 20 100 200')
-    group.add_argument('--temperature', default=0.07, type=bounded(float, 1e-6), metavar='T',
-                       help='votes weigh exp(similarity / temperature)')
-    group.add_argument('--json', metavar='FILE', help='write the accuracies there too')
+    group = parser.add_argument_group('neighbors')
+    group.add_argument(
+        '--k',
+        nargs='+',
+        default=[10, 20, 100, 200],
+        type=bounded(int, 1),
+        metavar='K',
+        help='training images that vote; default: 10 20 100 200',
+    )
+    group.add_argument(
+        '--temperature',
+        default=0.07,
+        type=bounded(float, 1e-6),
+        metavar='T',
+        help='a vote counts exp(similarity / temperature)',
+    )
+    group.add_argument('--json', metavar='FILE', help='also write the accuracies to this file')
     group = parser.add_argument_group('running')
-    group.add_argument('--batch_size', default=128, type=bounded(int, 1), metavar='N', help='images a process and step')
+    group.add_argument(
+        '--batch_size',
+        default=128,
+        type=bounded(int, 1),
+        metavar='N',
+        help='images per process and step',
+    )
     add_device_arguments(group)
-    group.add_argument('--print_freq', default=20, type=bounded(int, 1), metavar='N', help='steps between two log lines')
+    add_print_freq(group)
     add_data_arguments(parser.add_argument_group('data'))
     add_process_arguments(parser)
-    # what util.arguments.setup reads beyond that
-    parser.set_defaults(resume='', eval=True, dist_eval=True, accum_iter=1, lr=0.0, compile='off', num_workers=10)
+    parser.set_defaults(num_workers=10)
     return parser
 
 
-def main(args):
-    check_sizes(args, MODELS)
-    check_checkpoint(args)
-    device = setup(args)
-    train, val = build_sets(args)
-    model = build_encoder(args).to(device)
-    bank, classes = extract(model, build_loader(args, train, is_train=False), device, args, 'Training images')
-    queries, targets = extract(model, build_loader(args, val, is_train=False), device, args, 'Validation images')
-    if not misc.is_main_process():
+def main(args: argparse.Namespace) -> None:
+    grid_size_of(args.model, MODELS[args.model], args.input_size)
+    check_checkpoint('--finetune', args.finetune)
+    runtime = start_runtime(
+        device=args.device,
+        amp=args.amp,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        pin_mem=args.pin_mem,
+        local_rank=args.local_rank,
+        dist_on_itp=args.dist_on_itp,
+        dist_url=args.dist_url,
+        dist_timeout=args.dist_timeout,
+    )
+    if not args.finetune:
+        print('No --finetune: the encoder has random weights')
+    data = from_flags(DataConfig, args, **vars(runtime))
+    # Streams are opened for evaluation: for training they would be shuffled, and cut to equal
+    # parts per process.
+    transform = build_linprobe_transform(False, args.input_size)
+    sets = (
+        build_dataset(not data.dataset, replace(data, val_split=data.train_split), transform),
+        build_dataset(False, data, transform),
+    )
+    check_classes(data.data_path, args.nb_classes, *sets)
+    loaders = [
+        build_loader(dataset, data, is_train=False, num_classes=args.nb_classes, dist_eval=True)
+        for dataset in sets
+    ]
+    model = build_encoder(
+        args.model,
+        input_size=args.input_size,
+        global_pool=args.global_pool,
+        finetune=args.finetune,
+        seed=args.seed,
+    ).to(runtime.device)
+    (bank, labels), (queries, targets) = (
+        _extract(model, loader, runtime.device, runtime.amp, args.print_freq, header)
+        for loader, header in zip(loaders, ('Training images', 'Validation images'))
+    )
+    if not is_main_process():
         return
     ks = sorted(set(args.k))
     if ks[-1] > len(bank):
-        print(f'Note: there are only {len(bank)} training images; for a larger k all of them vote')
-    similarities, rows = nearest(queries, bank, ks[-1], device)
-    results = accuracies(similarities, classes[rows], targets, ks, args.temperature, args.nb_classes)
-    print(f'{len(bank)} training images, {len(queries)} validation images, temperature {args.temperature:g}')
-    print('       k  top-1, %  top-5, %')
-    for k, (top1, top5) in results.items():
-        print(f'{k:8d}  {top1:8.2f}  {top5:8.2f}')
+        print(f'Note: there are only {len(bank)} training images; all of them vote for larger k')
+    results = accuracies(
+        queries,
+        targets,
+        bank,
+        labels,
+        ks=ks,
+        temperature=args.temperature,
+        num_classes=args.nb_classes,
+        device=runtime.device,
+    )
+    rows = [{'k': k, 'acc1': top1, 'acc5': top5} for k, (top1, top5) in results.items()]
+    print(
+        f'{len(bank)} training images, {len(queries)} validation images, '
+        f'temperature {args.temperature:g}',
+        '       k  top-1, %  top-5, %',
+        *('{k:8d}  {acc1:8.2f}  {acc5:8.2f}'.format(**row) for row in rows),
+        sep='\n',
+    )
     if args.json:
-        content = {'train_images': len(bank), 'images': len(queries), 'temperature': args.temperature,
-                   'knn': [{'k': k, 'acc1': top1, 'acc5': top5} for k, (top1, top5) in results.items()]}
-        with as_user_error(f'--json {args.json} cannot be written', OSError), open(args.json, 'w', encoding='utf-8') as f:
+        content = {
+            'train_images': len(bank),
+            'images': len(queries),
+            'temperature': args.temperature,
+            'knn': rows,
+        }
+        with (
+            as_user_error(f'--json {args.json} cannot be written', OSError),
+            open(args.json, 'w', encoding='utf-8') as f,
+        ):
             f.write(json.dumps(content) + '\n')
 
 
 if __name__ == '__main__':
-    misc.run(main, get_args_parser().parse_args())
+    run(main, get_args_parser().parse_args())

@@ -1,163 +1,293 @@
-"""Linear segmentation, a worked example of dense features: one linear layer on a frozen encoder's patch tokens, judged by mIoU.
+r"""Linear segmentation: train a linear layer on frozen patch tokens and report mIoU.
 
-    python tools/segment.py --model vit_base_patch16 --finetune OUT/checkpoint-399.pth --data_path DATA --nb_classes 21
+    python -m tools.segment --model vit_base_patch16 --finetune OUT/checkpoint-399.pth \
+        --data_path DATA --nb_classes 21
 
-DATA has images/train, images/val and masks/train, masks/val: for each image a PNG of its name whose values are classes, 255 where
-none is given. Pictures are resized to squares; what is predicted is compared at the mask's own size.
+DATA has images/train, images/val, masks/train and masks/val. The mask of an image is a PNG
+file of the same name whose pixels are class indices, 255 where there is no label. Images are
+resized to squares. Predictions are compared with the mask at its own size.
 """
 
-import os
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torchvision import tv_tensors
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch import nn
+from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of a script, Python adds only its own folder
-
-from engine_finetune import train_one_epoch  # noqa: E402
-from models_vit import MODELS  # noqa: E402
-from util import arguments, misc  # noqa: E402
-from util.arguments import bounded  # noqa: E402
-from util.datasets import BICUBIC, image_folder  # noqa: E402
-from util.errors import UserError, first_line  # noqa: E402
-from util.images import read_image  # noqa: E402
-from util.loader import EpochSampler  # noqa: E402
-from util.probes import build_encoder  # noqa: E402
-from util.seeding import seed_generators, seed_of, seeded  # noqa: E402
+from models_probe import build_encoder
+from models_vit import MODELS, VisionTransformer
+from util.amp import NativeScalerWithGradNormCount, autocast
+from util.arguments import (
+    add_device_arguments,
+    add_encoder_arguments,
+    add_print_freq,
+    check_checkpoint,
+    grid_size_of,
+)
+from util.cli import Parser, bounded, run
+from util.data.image_file import read_image
+from util.data.loader import EpochSampler
+from util.datasets import BICUBIC, image_folder, normalize
+from util.errors import UserError, first_line, refuse
+from util.logs import MetricLogger
+from util.lr_sched import Schedule, adjust_learning_rate
+from util.runtime import start_runtime
+from util.seeding import seed_generators, seed_of, seeded
 
 IGNORED = 255
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Pairs (image [3, S, S], mask int64 [S, S], for val of its own size), indexed by (epoch, i)."""
+class ImagesAndMasks(torch.utils.data.Dataset):
+    """Images [3, S, S] (uint8) with masks (int64), indexed by (epoch, i).
 
-    def __init__(self, args, split):
-        images, masks = (Path(image_folder(args, f'{kind}/{split}')) for kind in ('images', 'masks'))
-        paths = sorted(path for path in images.rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)
-        self.pairs = [(path, masks / path.relative_to(images).with_suffix('.png')) for path in paths]
-        missing = [mask for _, mask in self.pairs if not mask.is_file()]
-        if missing or not paths:
-            raise UserError(f'--data_path: there is no {missing[0]}' if missing else f'--data_path: no images in {images}')
-        size = (args.input_size, args.input_size)
-        self.classes, self.seed, self.train = args.nb_classes, args.seed, split == 'train'
-        self.crop = v2.Compose([v2.RandomResizedCrop(size, (0.25, 1.0), interpolation=BICUBIC), v2.RandomHorizontalFlip()])
-        self.whole = v2.Resize(size, interpolation=BICUBIC)
-        self.finish = v2.Compose([v2.ToDtype(torch.float32, scale=True),
-                                  v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    For training, image and mask are cropped and flipped together, and the mask is
+    [S, S]. For evaluation the mask keeps its own size.
 
-    def __len__(self):
+    Args:
+        data_path: folder with images/SPLIT and masks/SPLIT.
+        split: 'train' or 'val'.
+        input_size: S, pixels per side.
+        num_classes: masks with larger class indices are an error.
+        seed: of crops and flips.
+
+    Raises:
+        UserError: if there are no images, or a mask is missing.
+    """
+
+    def __init__(
+        self, data_path: str, split: str, input_size: int, num_classes: int, seed: int
+    ) -> None:
+        images, masks = (
+            Path(image_folder(data_path, f'{kind}/{split}')) for kind in ('images', 'masks')
+        )
+        paths = sorted(
+            p for p in images.rglob('*') if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS
+        )
+        refuse((not paths, f'--data_path: there are no images in {images}'))
+        self.pairs = [(p, masks / p.relative_to(images).with_suffix('.png')) for p in paths]
+        for image, mask in self.pairs:
+            refuse((not mask.is_file(), f'--data_path: {mask} is missing, the mask of {image}'))
+        self.num_classes, self.seed, self.is_train = num_classes, seed, split == 'train'
+        self.augment = v2.Compose(
+            [
+                v2.RandomResizedCrop(input_size, (0.25, 1.0), interpolation=BICUBIC),
+                v2.RandomHorizontalFlip(),
+            ]
+        )
+        self.resize = v2.Resize((input_size, input_size), interpolation=BICUBIC)
+
+    def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, i = key
         try:
-            image, mask = self.read(*self.pairs[i])
-        except Exception as e:  # whatever a decoder raises
-            raise ValueError(f'{self.pairs[i][0]} and its mask {self.pairs[i][1]}: {first_line(e)}') from e
+            image = v2.functional.pil_to_tensor(read_image(self.pairs[i][0]))
+            with Image.open(self.pairs[i][1]) as file:
+                mask = tv_tensors.Mask(np.array(file).astype(np.int64))
+            largest = mask.where(mask != IGNORED, 0).max().item()
+            refuse(
+                (
+                    mask.shape != image.shape[1:],
+                    f'the image is {list(image.shape[1:])}, the mask {list(mask.shape)}; a mask '
+                    'has the size of its image and one channel',
+                ),
+                (
+                    largest >= self.num_classes,
+                    f'class {largest} is not below --nb_classes {self.num_classes}',
+                ),
+            )
+        except Exception as e:  # decoders raise many types
+            pair = '{} and its mask {}'.format(*self.pairs[i])
+            raise ValueError(f'{pair}: {first_line(e)}') from e
         seed_generators('augment', self.seed, epoch, i)
-        image, mask = self.crop(image, tv_tensors.Mask(mask)) if self.train else (self.whole(image), mask)
-        return self.finish(image), mask.as_subclass(torch.Tensor), i
-
-    def read(self, image, mask):
-        image = v2.functional.pil_to_tensor(read_image(image))
-        with Image.open(mask) as file:
-            mask = torch.from_numpy(np.array(file).astype(np.int64))
-        if mask.shape != image.shape[1:]:
-            raise ValueError(f'{list(image.shape[1:])} and {list(mask.shape)}; a mask has its image\'s size and one channel')
-        largest = mask.where(mask != IGNORED, 0).max().item()
-        if largest >= self.classes:
-            raise ValueError(f'class {largest}, but --nb_classes {self.classes}')
-        return image, mask
+        image, mask = self.augment(image, mask) if self.is_train else (self.resize(image), mask)
+        return image, mask.as_subclass(torch.Tensor)
 
 
 class LinearSegmenter(nn.Module):
-    """Images [N, 3, S, S] -> logits [N, classes, S, S]. The head is linear probing's, at every patch; the encoder is frozen."""
+    """Map normalized images [N, 3, S, S] to logits [N, num_classes, S, S].
 
-    def __init__(self, encoder, args):
+    The head is that of linear probing, applied to every patch token. The encoder is frozen.
+    """
+
+    def __init__(self, encoder: VisionTransformer, num_classes: int, seed: int) -> None:
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
-        with seeded('head', args.seed):
-            layer = nn.Conv2d(encoder.embed_dim, args.nb_classes, 1)
-        self.head = nn.Sequential(nn.BatchNorm2d(encoder.embed_dim, affine=False), layer)
+        with seeded('head', seed):
+            self.head = nn.Sequential(
+                nn.BatchNorm2d(encoder.embed_dim, affine=False),
+                nn.Conv2d(encoder.embed_dim, num_classes, 1),
+            )
 
-    def forward(self, x):
-        features, = self.encoder.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
-        return F.interpolate(self.head(features), size=x.shape[2:], mode='bilinear')
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (features,) = self.encoder.forward_intermediates(
+            x, indices=1, norm=True, intermediates_only=True
+        )
+        return nn.functional.interpolate(self.head(features), size=x.shape[2:], mode='bilinear')
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, args):
-    """(mean over the classes that occur of intersection over union, share of pixels that are right), both in per cent."""
+def evaluate(
+    model: nn.Module,
+    loader: torch.utils.data.DataLoader,
+    num_classes: int,
+    device: torch.device,
+    amp: str = 'fp32',
+    print_freq: int = 20,
+) -> tuple[float, float]:
+    """Return mIoU and pixel accuracy in percent.
+
+    mIoU is the mean over the classes that occur in a mask or a prediction.
+
+    Args:
+        loader: yields images [N, 3, S, S] (uint8) and masks [N, H, W].
+    """
     model.eval()
-    counts = torch.zeros(args.nb_classes**2, dtype=torch.int64, device=device)  # of pixels, by truth and prediction
-    for images, masks, _ in misc.MetricLogger().log_every(loader, args.print_freq, 'Evaluation'):
-        images, masks = images.to(device), masks.to(device)
-        with misc.autocast(device, args.amp):
-            logits = model(images)
-        predicted = F.interpolate(logits.float(), size=masks.shape[1:], mode='bilinear').argmax(dim=1)
-        given = masks != IGNORED
-        counts += torch.bincount(masks[given] * args.nb_classes + predicted[given], minlength=len(counts))
-    counts = counts.double().reshape(args.nb_classes, -1)
-    right = counts.diag()
-    union = counts.sum(0) + counts.sum(1) - right
-    return (100 * right / union)[union > 0].mean().item(), (100 * right.sum() / counts.sum()).item()
+    # number of pixels by label and prediction
+    counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
+    for images, masks in MetricLogger().log_every(loader, print_freq, 'Evaluation'):
+        masks = masks.to(device)
+        with autocast(device, amp):
+            logits = model(normalize(images.to(device)))
+        predicted = nn.functional.interpolate(
+            logits.float(), size=masks.shape[1:], mode='bilinear'
+        ).argmax(1)
+        pairs = (masks * num_classes + predicted)[masks != IGNORED]
+        counts += pairs.bincount(minlength=len(counts))
+    counts = counts.double().reshape(num_classes, num_classes)
+    correct = counts.diag()
+    union = counts.sum(0) + counts.sum(1) - correct
+    # 0 / 0 is nan: a class that does not occur
+    return 100 * (correct / union).nanmean().item(), 100 * (correct.sum() / counts.sum()).item()
 
 
-def get_args_parser():
-    parser = arguments.Parser('tools/segment.py', description='Linear segmentation on frozen patch features')
-    arguments.add_encoder_arguments(parser, MODELS, pooling=False)
+def get_args_parser() -> Parser:
+    parser = Parser('python -m tools.segment', description=__doc__)
+    add_encoder_arguments(parser, MODELS, pooling=False)
     group = parser.add_argument_group('training')
-    group.add_argument('--batch_size', default=16, type=bounded(int, 1), metavar='N', help='images a step')
-    group.add_argument('--epochs', default=10, type=bounded(int, 1), metavar='N', help='passes over the training images')
-    group.add_argument('--lr', default=1e-3, type=bounded(float, 0), metavar='LR',
-                       help="AdamW's learning rate; half a cosine leads to 0")
-    group.add_argument('--weight_decay', default=0.01, type=bounded(float, 0), metavar='W', help="AdamW's")
-    group.add_argument('--print_freq', default=20, type=bounded(int, 1), metavar='N', help='steps between two log lines')
-    arguments.add_device_arguments(group)
+    group.add_argument(
+        '--batch_size', default=16, type=bounded(int, 1), metavar='N', help='images per step'
+    )
+    group.add_argument(
+        '--epochs',
+        default=10,
+        type=bounded(int, 1),
+        metavar='N',
+        help='number of epochs',
+    )
+    group.add_argument(
+        '--lr',
+        default=1e-3,
+        type=bounded(float, 0),
+        metavar='LR',
+        help='learning rate of AdamW; it falls to 0 along a half cosine',
+    )
+    group.add_argument(
+        '--weight_decay', default=0.01, type=bounded(float, 0), metavar='W', help='of AdamW'
+    )
+    add_print_freq(group)
+    add_device_arguments(group)
     group = parser.add_argument_group('data')
-    group.add_argument('--data_path', metavar='DIR', help='folder with images/ and masks/, train/ and val/ in each')
-    group.add_argument('--num_workers', default=8, type=bounded(int, 0), metavar='N', help='loader processes')
-    # what util.arguments.setup and the training loop read beyond that
-    parser.set_defaults(resume='', eval=True, accum_iter=1, compile='off', min_lr=0.0, warmup_epochs=0, pin_mem=True,
-                        world_size=1, local_rank=-1, dist_on_itp=False, dist_url='env://', dist_timeout=10.0,
-                        global_pool=False, output_dir='', max_skipped_steps=10)
+    group.add_argument(
+        '--data_path', metavar='DIR', help='folder with images/ and masks/, train/ and val/ in each'
+    )
+    group.add_argument(
+        '--num_workers', default=8, type=bounded(int, 0), metavar='N', help='data-loader workers'
+    )
     return parser
 
 
-def main(args):
-    arguments.check_sizes(args, MODELS)
-    arguments.check_checkpoint(args)
-    device = arguments.setup(args)
-    if args.world_size > 1:
-        raise UserError('tools/segment.py runs as one process; start it without torchrun')
-    train, val = Pictures(args, 'train'), Pictures(args, 'val')
-    if len(train) < args.batch_size:
-        raise UserError(f'--batch_size {args.batch_size}: there are only {len(train)} training images')
-    sampler = EpochSampler(train, 1, 0, seed=seed_of('order', args.seed) % 2**32)
-    loading = dict(num_workers=args.num_workers, pin_memory=args.pin_mem)
-    loader = torch.utils.data.DataLoader(train, args.batch_size, sampler=sampler, drop_last=True, **loading)
-    loader_val = torch.utils.data.DataLoader(val, sampler=[(0, i) for i in range(len(val))], **loading)  # masks of any size
+def main(args: argparse.Namespace) -> None:
+    grid_size_of(args.model, MODELS[args.model], args.input_size)
+    check_checkpoint('--finetune', args.finetune)
+    runtime = start_runtime(
+        device=args.device, amp=args.amp, seed=args.seed, num_workers=args.num_workers
+    )
+    refuse((runtime.world_size > 1, 'tools.segment runs as one process; start it without torchrun'))
+    if not args.finetune:
+        print('No --finetune: the encoder has random weights')
 
-    model = LinearSegmenter(build_encoder(args), args).to(device)
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    scaler = misc.NativeScalerWithGradNormCount(enabled=args.amp == 'fp16', device=device)
+    # ---- data
+    train, val = (
+        ImagesAndMasks(args.data_path, split, args.input_size, args.nb_classes, args.seed)
+        for split in ('train', 'val')
+    )
+    refuse(
+        (
+            len(train) < args.batch_size,
+            f'--batch_size {args.batch_size}: there are only {len(train)} training images',
+        )
+    )
+    options = {'num_workers': runtime.num_workers, 'pin_memory': runtime.pin_mem}
+    loader = torch.utils.data.DataLoader(
+        train,
+        args.batch_size,
+        sampler=EpochSampler(train, 1, 0, seed=seed_of('order', args.seed) % 2**32),
+        drop_last=True,
+        **options,
+    )
+    # one image at a time, because the masks differ in size
+    loader_val = torch.utils.data.DataLoader(
+        val, sampler=[(0, i) for i in range(len(val))], **options
+    )
+
+    # ---- model
+    encoder = build_encoder(
+        args.model,
+        input_size=args.input_size,
+        global_pool=False,
+        finetune=args.finetune,
+        seed=args.seed,
+    )
+    model = LinearSegmenter(encoder, args.nb_classes, args.seed).to(runtime.device)
+    optimizer = torch.optim.AdamW(
+        model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay
+    )
+    schedule = Schedule(args.lr, min_lr=0.0, warmup_epochs=0, epochs=args.epochs)
+    scaler = NativeScalerWithGradNormCount(enabled=runtime.amp == 'fp16', device=runtime.device)
+
+    # ---- training loop
     try:
         for epoch in range(args.epochs):
-            sampler.set_epoch(epoch)
-            train_one_epoch(model, nn.CrossEntropyLoss(ignore_index=IGNORED), loader, optimizer, device, epoch, scaler, args=args)
-        miou, pixels = evaluate(model, loader_val, device, args)
-    except ValueError as e:  # that of a loader's worker comes with its traceback
+            model.train()
+            loader.sampler.set_epoch(epoch)
+            log = MetricLogger()
+            for step, (images, masks) in enumerate(
+                log.log_every(loader, args.print_freq, f'Epoch [{epoch}]', args.batch_size)
+            ):
+                adjust_learning_rate(optimizer, epoch + step / len(loader), schedule)
+                with autocast(runtime.device, runtime.amp):
+                    loss = nn.functional.cross_entropy(
+                        model(normalize(images.to(runtime.device))),
+                        masks.to(runtime.device),
+                        ignore_index=IGNORED,
+                    )
+                optimizer.zero_grad()
+                scaler(loss, optimizer)
+                if log.due:
+                    log.update(loss=loss.item())
+            refuse(
+                (
+                    scaler.skipped >= len(loader),
+                    f'all steps of epoch {epoch} had NaN or Inf gradients; lower --lr {args.lr}, '
+                    'or use --amp fp32',
+                )
+            )
+        miou, accuracy = evaluate(
+            model, loader_val, args.nb_classes, runtime.device, runtime.amp, args.print_freq
+        )
+    except ValueError as e:  # from a loader worker it comes with a traceback as its text
         raise UserError(str(e).strip().splitlines()[-1].removeprefix('ValueError: ')) from e
-    print(f'mIoU {miou:.2f} %, {pixels:.2f} % of the pixels are right ({len(val)} images, {args.nb_classes} classes)')
+    print(
+        f'mIoU {miou:.2f} %, pixel accuracy {accuracy:.2f} % '
+        f'({len(val)} images, {args.nb_classes} classes)'
+    )
 
 
 if __name__ == '__main__':
-    misc.run(main, get_args_parser().parse_args())
+    run(main, get_args_parser().parse_args())

@@ -1,309 +1,393 @@
-"""Draws what a checkpoint makes of pictures: importance and masks, features as colours, predictions of hidden patches, and
-what texts say of them.
+"""Draw masks, features and predictions of a checkpoint: one figure per image.
 
-    python tools/visualize.py OUT/checkpoint-399.pth dog.jpg cat.png --text "a dog" "a cat" "grass" --output_dir looks
+    python -m tools.visualize OUT/checkpoint-399.pth dog.jpg --text "a dog" "grass"
 
-A figure a picture, looks/dog-visualized.png. How the checkpoint was trained is read from it; flags say otherwise.
+A figure such as visualized/dog-visualized.png shows importance and masks, encoder features
+as colors, predictions for masked patches, and how well texts match the patches. Training
+settings are read from the checkpoint; flags override them.
 """
 
 import argparse
-import math
 import os
-import re
-import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of a script, Python adds its own folder
+from models_infer import classifier_tensors, infer_arguments
+from models_milan import MODELS, MaskedAutoencoderViT
+from models_teacher import (
+    CLIP_PATH,
+    LEGACY_TEACHERS,
+    Teacher,
+    TeacherSpec,
+    build_teacher,
+    read_texts,
+)
+from util import panels
+from util.checkpoints.io import difference, read_weights
+from util.cli import Parser, bounded, run
+from util.data.image_file import ImageFile, UnreadableImage
+from util.datasets import build_transform, normalize
+from util.errors import as_user_error, refuse
+from util.masking import count_visible
+from util.runtime import choose_device
 
-import main_pretrain  # noqa: E402
-from models_milan import MODELS, MaskedAutoencoderViT, count_visible  # noqa: E402
-from tools.export import arguments_of, classifier_of  # noqa: E402
-from util.arguments import Device, Parser, bounded, choose_device  # noqa: E402
-from util.checkpoint import read_weights  # noqa: E402
-from util.datasets import build_transform, normalise  # noqa: E402
-from util.errors import UserError, as_user_error, first_line  # noqa: E402
-from util.images import ImageFile, UnreadableImage  # noqa: E402
-from util.misc import run  # noqa: E402
-from util.teacher import build_teacher, check_teacher  # noqa: E402
-from util.texts import read_texts, text_tower  # noqa: E402
-from util.visualize import colours, draw_panels, hide, look, text_maps  # noqa: E402
+TEACHER_FLAGS = 'clip_path', 'teacher', 'teacher_path', *LEGACY_TEACHERS
 
-COLUMNS = 4
-TEACHER_FLAGS = 'clip_path', 'teacher', 'teacher_path', 'use_clip_dino', 'use_clip_slip'
+# The flags of main_pretrain.py that model and teacher depend on, with their defaults.
+DEFAULTS = {
+    'model': '',
+    'input_size': 224,
+    'mask_ratio': 0.75,
+    'use_clip': False,
+    'pixel_target': False,
+    'change_decoder': False,
+    'attn_mask': False,
+    'norm_pix_loss': False,
+    'average_targets': 1,
+    'clip_path': CLIP_PATH,
+    'teacher': '',
+    'teacher_path': '',
+    'teacher_norm': 'imagenet',
+    'use_clip_dino': False,
+    'use_clip_slip': False,
+}
 
 TITLES = {
-    'image': 'the picture',
+    'image': 'image',
     'importance': "importance: the teacher's\nattention (dark: none)",
     'visible_semantic': 'visible patches,\ndrawn by importance',
     'visible_uniform': 'visible patches,\ndrawn uniformly',
     'encoder': 'encoder features,\nall patches visible (PCA)',
-    'teacher': "the teacher's tokens, from\nall patches: the target (PCA)",
-    'prediction': 'their prediction from\nvisible patches (same PCA)',
+    'teacher': 'target: tokens of the teacher\nfor all patches (PCA)',
+    'prediction': 'prediction of the target from\nvisible patches (same PCA)',
     'agreement': 'cosine of prediction and\ntarget (dark: 0, light: 1)',
-    'reconstruction': 'visible patches, and predicted\npixels of the hidden ones',
+    'reconstruction': 'visible patches, and\npredictions of masked pixels',
+    'norm_pix_loss': 'predicted patches with the true\nbrightness and contrast',
 }
-NORM_PIX = 'predicted patches, given their\ntrue brightness and contrast'  # reconstruction, with norm_pix_loss
 
 
-# ---- what the checkpoint is ----
-
-def settings_of(args, checkpoint):
-    """The flags of main_pretrain.py: ``args`` where they say so, else the checkpoint's own, else the script's defaults."""
-    saved = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    saved = vars(saved) if isinstance(saved, argparse.Namespace) else {}
-    defaults = vars(main_pretrain.get_args_parser().parse_args([]))
-    saved = {name: value for name, value in saved.items()
-             if defaults.get(name) is None or isinstance(value, type(defaults[name]))}  # or it is another project's flag
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    if 'clip_path' in given or 'teacher' in given:  # in place of its own teacher
-        saved = {name: value for name, value in saved.items() if name not in TEACHER_FLAGS}
-    merged = {**defaults, 'model': None, **saved, **given}
-    return argparse.Namespace(**{**merged, 'amp': 'fp32', 'compile': False})
+# ---- the model and its teacher ----
 
 
-def build_model(settings, state_dict, path):
-    """The model with the checkpoint's weights, in eval mode; with decoder_depth=0 where the file has no decoder."""
-    build = build_whole if 'decoder_pred.weight' in state_dict else build_encoder
-    model = build(settings, state_dict, f'checkpoint {path}')
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f'checkpoint {path} has weights that are not finite; there is nothing to see in them')
+def resolve_settings(given: dict[str, object], checkpoint: dict) -> argparse.Namespace:
+    """Return the value of each flag in DEFAULTS: as given, else the checkpoint's, else the default.
+
+    Args:
+        given: values of flags by name. Names that are not in DEFAULTS and values that are
+            None are ignored.
+        checkpoint: content of the checkpoint file. Flags of another type than ours are
+            ignored: they belong to another project.
+    """
+    given = {k: v for k, v in given.items() if k in DEFAULTS and v is not None}
+    args = checkpoint.get('args')
+    saved = vars(args) if isinstance(args, argparse.Namespace) else {}
+    saved = {k: saved[k] for k, v in DEFAULTS.items() if type(saved.get(k)) is type(v)}
+    # naming a teacher implies --use_clip
+    saved['use_clip'] = any(map(saved.get, ('use_clip', 'teacher', *LEGACY_TEACHERS)))
+    # a given teacher replaces the checkpoint's
+    replaced = TEACHER_FLAGS if given.keys() & {'clip_path', 'teacher'} else ()
+    return argparse.Namespace(
+        **{**DEFAULTS, **{k: v for k, v in saved.items() if k not in replaced}, **given}
+    )
+
+
+def build_model(
+    settings: argparse.Namespace, state_dict: dict[str, torch.Tensor], context: str
+) -> MaskedAutoencoderViT:
+    """Return the model with the weights of a checkpoint, in eval mode.
+
+    Args:
+        settings: how it was trained, see ``resolve_settings``.
+        state_dict: its tensors. Without a decoder among them, the model has
+            decoder_depth=0 and its arguments follow from the shapes.
+        context: start of error messages.
+
+    Raises:
+        UserError: if the tensors do not fit the settings or are not finite.
+    """
+    whole, name = 'decoder_pred.weight' in state_dict, settings.model
+    refuse(
+        (
+            whole and name not in MODELS,
+            f'{context}: {f"unknown model {name}" if name else "model not recorded"}; give --model '
+            'and, as in training, --use_clip, --change_decoder, --attn_mask, --norm_pix_loss; '
+            f'models: {", ".join(MODELS)}',
+        )
+    )
+    problem = (
+        f'{context} does not fit --model {name} and the other settings'
+        if whole
+        else f'{context} is not a complete plain ViT'
+    )
+    with as_user_error(problem, ValueError, TypeError, AssertionError):
+        if whole:
+            model = MODELS[name](
+                img_size=settings.input_size,
+                norm_pix_loss=settings.norm_pix_loss,
+                use_clip=settings.use_clip and not settings.pixel_target,
+                attn_mask=settings.attn_mask,
+                change_decoder=settings.change_decoder,
+                target_dim=state_dict['decoder_pred.weight'].shape[0],
+            )
+        else:
+            state_dict = classifier_tensors(state_dict)
+            model = MaskedAutoencoderViT(decoder_depth=0, **infer_arguments(state_dict, name))
+            # a classifier with global pooling has fc_norm after the pooling instead of norm
+            state_dict = {
+                k.removeprefix('fc_'): v for k, v in state_dict.items() if k[:4] != 'head'
+            }
+    different = whole and difference(model.state_dict(), state_dict)
+    refuse(
+        (different, f'{problem}: {different}'),
+        (
+            model.patch_embed.proj.in_channels != 3,
+            f'{problem}: its images have {model.patch_embed.proj.in_channels} channels, not 3',
+        ),
+        (
+            not all(x.isfinite().all() for x in state_dict.values()),
+            f'{context}: its weights contain NaN or Inf; training has diverged',
+        ),
+    )
+    model.load_state_dict(state_dict, strict=whole)
     return model.eval()
 
 
-def build_whole(settings, state_dict, where):
-    """Encoder and decoder, as the settings say."""
-    if settings.model not in MODELS:
-        said = f'names the model {settings.model}, unknown here' if settings.model else 'does not say what its model is'
-        raise UserError(f'{where} {said}: give --model, and --use_clip, --change_decoder, --attn_mask, --norm_pix_loss as it '
-                        f'was trained; the models are {", ".join(MODELS)}')
-    with as_user_error(f'{where}, --model {settings.model}', ValueError, TypeError):
-        model = main_pretrain.build_model(settings, state_dict['decoder_pred.weight'].shape[0])
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as e:
-        reason = textwrap.shorten(''.join(str(e).splitlines()[1:2]), 200, placeholder=' ...')
-        raise UserError(f'{where} is not of --model {settings.model} and its flags: {reason}') from e
-    return model
+def open_teacher(
+    settings: argparse.Namespace,
+    given: dict[str, object],
+    model: MaskedAutoencoderViT,
+    device: torch.device,
+) -> tuple[Teacher | None, str]:
+    """Load the given teacher, else the one that the model was trained with.
+
+    Args:
+        settings: see ``resolve_settings``.
+        given: values of flags by name. An empty --clip_path asks for no teacher.
+        model: see ``build_model``.
+        device: device to put the teacher on.
+
+    Returns:
+        The teacher, or None, and name or file of its text tower, or ''.
+
+    Raises:
+        UserError: if the flags or the teacher do not fit.
+    """
+    named = [given[k] for k in ('clip_path', 'teacher') if given.get(k) is not None]
+    if not (any(named) if named else settings.use_clip):
+        return None, ''
+    spec = TeacherSpec.from_args(argparse.Namespace(**{**vars(settings), 'use_clip': True}))
+    teacher = build_teacher(
+        spec,
+        grid_size=model.patch_embed.grid_size[0],
+        input_size=model.patch_embed.img_size[0],
+        model_name=settings.model or 'the encoder',
+        device=device,
+    )
+    refuse(
+        (
+            model.decoder_blocks
+            and model.use_clip
+            and teacher.dim != model.decoder_pred.out_features,
+            f'the teacher {spec.name} has tokens of size {teacher.dim} and the model predicts '
+            f'size {model.decoder_pred.out_features}; name the teacher that it was trained with',
+        )
+    )
+    return teacher, spec.text_tower
 
 
-def build_encoder(settings, state_dict, where):
-    """The encoder alone, as the shapes say; sets settings.input_size."""
-    tensors = classifier_of(state_dict)
-    with as_user_error(f'{where} is not a plain ViT, or not a whole one', ValueError, AssertionError):
-        arguments = arguments_of(tensors, settings.model)
-        if arguments['in_chans'] != 3:
-            raise ValueError(f'its pictures have {arguments["in_chans"]} channels')
-        model = MaskedAutoencoderViT(decoder_depth=0, **arguments)
-    # a classifier that pools globally has its norm after the pooling
-    tensors = {name.removeprefix('fc_'): value for name, value in tensors.items() if not name.startswith('head')}
-    model.load_state_dict(tensors, strict=False)
-    settings.input_size = arguments['img_size']
-    settings.model = settings.model or 'the encoder'
-    return model
-
-
-def open_teacher(args, settings, model, device):
-    """The teacher that the model learned from, or the one of the flags; None without, and with --clip_path ''."""
-    given = [name for name in (args.clip_path, args.teacher) if name is not None]
-    if not (any(given) if given else settings.use_clip):
-        return None
-    check_teacher(argparse.Namespace(**vars(settings)))
-    teacher = build_teacher(settings, model.patch_embed.grid_size[0], device)
-    if len(model.decoder_blocks) and model.use_clip and teacher.dim != model.decoder_pred.out_features:
-        raise UserError(f'the tokens of this teacher are {teacher.dim} wide and the model predicts '
-                        f'{model.decoder_pred.out_features}: name the one that it was trained with')
-    return teacher
-
-
-def left_out(model, teacher, texts):
-    """What cannot be drawn and why, in one line; '' if all is."""
-    parts = []
-    if teacher is None:
-        parts.append('importance and masks by it (no teacher: give --clip_path)')
-    if not len(model.decoder_blocks):
-        parts.append('predictions of hidden patches (no decoder in the checkpoint)')
-    elif not model.use_clip and texts:
-        parts.append('texts beside the predictions (which are pixels)')
-    return '; '.join(parts)
+def read_image(path: str, size: int) -> torch.Tensor:
+    """Return an image file as evaluation sees it: [1, 3, size, size], normalized."""
+    with as_user_error(f'{path} is not a readable image', UnreadableImage):
+        return normalize(build_transform(False, size)(ImageFile(path))[None])
 
 
 # ---- the figure ----
 
-def show(ax, panel, title='', below='', left=''):
-    """One panel [H, W, 3] without ticks; whatever stands in the texts is no formula."""
-    ax.imshow(panel, interpolation='nearest')
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.set_title(title, fontsize=10, parse_math=False)
-    ax.set_xlabel(below, fontsize=9, parse_math=False)
-    ax.set_ylabel(left, fontsize=10, parse_math=False)
 
+def draw_figure(
+    out: panels.Outputs,
+    name: str,
+    texts: list[str],
+    encoded: tuple[torch.Tensor, float] | None = None,
+    norm_pix_loss: bool = False,
+) -> object:
+    """Draw the outputs for one image: all panels, and below them the text maps.
 
-def text_rows(seen, features, scale):
-    """What texts say of the pictures: a row for the teacher's tokens and, where there are any, one for predictions.
+    Args:
+        out: outputs for one image.
+        name: title of the figure.
+        texts: K texts, or none.
+        encoded: features [K, D] of the texts and a scale, see models_teacher.read_texts.
+        norm_pix_loss: whether the model was trained with it.
 
     Returns:
-        rows: [(who sees what, what is seen [N, H, W, 3], K maps [N, H, W, 3], scores [N, K] of whole pictures)].
-        value_range: of the maps' colours; see score_range.
+        A matplotlib.figure.Figure.
+
+    Raises:
+        UserError: if matplotlib is not installed.
     """
-    drawn, value_range = text_maps(seen, features, scale)
-    kinds = [('the teacher sees\nthe whole picture', seen.pixels),
-             ('the model sees\nonly these patches', hide(seen.pixels, seen.visible))]
-    return [(*kind, *maps) for kind, maps in zip(kinds, drawn.values())], value_range
+    with as_user_error('figures need matplotlib: pip install matplotlib', ImportError):
+        from matplotlib import cm, colors, figure
+    drawn = panels.draw_panels(out)
+    columns = min(max(len(drawn), 1 + len(texts)), 4)
+    titles = TITLES | {'reconstruction': TITLES['norm_pix_loss']} if norm_pix_loss else TITLES
+    # {(row, column): (image, text above, text below, text on the left)}
+    cells = {
+        divmod(i, columns): (pixels[0], titles[panel], '', '')
+        for i, (panel, pixels) in enumerate(drawn.items())
+    }
+    first_row = max(cells)[0] + 1
+    maps, (low, high, scale) = panels.text_maps(out, *encoded) if texts else ({}, (0, 1, ()))
+    seen = {
+        'teacher': (out.pixels, 'the teacher sees\nthe whole image'),
+        'model': (panels.hide(out.pixels, out.visible), 'the model sees\nonly these patches'),
+    }
+    for k, text in enumerate(texts):
+        for line, (owner, (pixels, scores)) in enumerate(maps.items()):
+            row = first_row + k // (columns - 1) * len(maps) + line
+            above = '' if line else textwrap.fill(f'"{text}"', 28)
+            score = format(scores[0, k], '.0%' if len(texts) > 1 else '+.3f')
+            cells[row, 1 + k % (columns - 1)] = pixels[k, 0], above, f'whole image: {score}', ''
+            cells[row, 0] = seen[owner][0][0], '', '', seen[owner][1]
 
-
-def add_text_maps(axes, n, texts, rows, value_range, first=0):
-    """Rows of text_rows for the n-th picture into ``axes`` [rows, 1 + texts], as many of texts[first:] as have room."""
-    several = len(texts) > 1
-    for row, (line, (label, panel, maps, whole)) in enumerate(zip(axes, rows)):
-        show(line[0], panel[n], left=label)
-        shown = range(first, min(first + len(line) - 1, len(texts)))
-        for ax, k in zip(line[1:], shown):
-            value = f'{whole[n, k]:.0%}' if several else f'{whole[n, k]:+.3f}'
-            title = textwrap.fill(f'"{texts[k]}"', 28) if row == 0 else ''
-            show(ax, maps[k][n], title, f'the picture as a whole: {value}')
-        for ax in line[1 + len(shown):]:
-            ax.set_axis_off()
-        add_bar(line[len(shown)], value_range, 'how well the text fits,\ncompared with the others' if several
-                else 'cosine to the text, minus\nits mean over the picture')
-
-
-def add_bar(ax, value_range, label):
-    """The colours of a value_range and their numbers, to the right of a panel."""
-    low, high, scale = value_range
-    bar = ax.inset_axes([1.05, 0, 0.06, 1])
-    bar.imshow(colours(np.linspace(1, 0, 256), 0, 1, scale)[:, None], aspect='auto', extent=[0, 1, low, high])
-    bar.set_xticks([])
-    bar.yaxis.tick_right()
-    bar.yaxis.set_label_position('right')
-    bar.tick_params(labelsize=8)
-    bar.set_ylabel(label, fontsize=9)
-
-
-def new_figure(columns, rows):
-    """An empty matplotlib figure for ``rows`` x ``columns`` panels."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UserError('figures need matplotlib, which is not here: pip install matplotlib') from e
-    return Figure(figsize=(2.6 * columns + 0.8, 2.9 * rows), layout='constrained')
-
-
-def draw_figure(panels, titles, name, texts, rows, value_range):
-    """The panels of one picture, and the text maps below them, as a matplotlib figure."""
-    panel_rows = math.ceil(len(panels) / COLUMNS)
-    columns = max(min(len(panels), COLUMNS), min(1 + len(texts), COLUMNS))
-    groups = range(0, len(texts), columns - 1)
-    heights = [panel_rows, *[len(rows) for _ in groups]]
-    figure = new_figure(columns, sum(heights))
-    figure.suptitle(name, fontsize=12, parse_math=False)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    axes = parts[0].subplots(panel_rows, columns, squeeze=False).ravel()
-    for ax, (panel, pixels) in zip(axes, panels.items()):
-        show(ax, pixels[0], titles[panel])
-    for ax in axes[len(panels):]:
-        ax.set_axis_off()
-    for part, first in zip(parts[1:], groups):
-        add_text_maps(part.subplots(len(rows), columns, squeeze=False), 0, texts, rows, value_range, first)
-    return figure
-
-
-def output_names(paths):
-    """dog-visualized.png for a/dog.jpg, and dog-visualized-2.png for the next picture of that name."""
-    names = []
-    for path in paths:
-        stem, k = f'{Path(path).stem}-visualized', 1
-        while (name := f'{stem}.png' if k == 1 else f'{stem}-{k}.png').lower() in [n.lower() for n in names]:
-            k += 1
-        names.append(name)
-    return names
+    rows = max(cells)[0] + 1
+    fig = figure.Figure(figsize=(2.6 * columns + 0.8, 2.9 * rows), layout='constrained')
+    fig.suptitle(name, fontsize=12, parse_math=False)
+    axes = fig.subplots(
+        rows, columns, squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frame_on=False)
+    )
+    for place, (image, above, below, left) in cells.items():
+        axes[place].set_frame_on(True)
+        axes[place].imshow(image, interpolation='nearest')
+        # texts are not parsed as formulas
+        axes[place].set_title(above, fontsize=10, parse_math=False)
+        axes[place].set_xlabel(below, fontsize=9, parse_math=False)
+        axes[place].set_ylabel(left, fontsize=10, parse_math=False)
+    for ax in axes[first_row:, -1]:  # the color scale of text maps, on the right
+        color_map = colors.ListedColormap(panels.colors(np.linspace(0, 1, 256), 0, 1, scale) / 255)
+        fig.colorbar(
+            cm.ScalarMappable(colors.Normalize(low, high), color_map),
+            cax=ax.inset_axes([1.05, 0, 0.06, 1]),
+            label='how well the text fits,\ncompared with the others'
+            if len(texts) > 1
+            else 'cosine to the text, minus\nits mean over the image',
+        )
+    return fig
 
 
 # ---- the command ----
 
-def get_args_parser():
-    parser = Parser('tools/visualize.py', description=__doc__.split('\n\n')[0], allow_abbrev=False)
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='of pretraining; of any other, what its encoder shows')
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='pictures of any format and size, cut as in evaluation')
-    parser.add_argument('--text', nargs='+', metavar='TEXT',
-                        help='draw how well each text describes the patches, hidden ones too: its share among several texts '
-                             '(softmax), or the cosine minus its mean where it is the only one')
-    parser.add_argument('--output_dir', default='./visualized', metavar='DIR', help='a NAME-visualized.png for each picture')
-    parser.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1), metavar='N', help='of the masks')
-    parser.add_argument('--device', default='cuda', action=Device, metavar='DEVICE',
-                        help='cuda or cpu; without CUDA the default is cpu')
 
-    group = parser.add_argument_group('how it was trained, where the checkpoint does not say or you want to see otherwise')
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        'python -m tools.visualize', description=__doc__.split('\n\n')[0], allow_abbrev=False
+    )
+    parser.add_argument(
+        'checkpoint',
+        metavar='CHECKPOINT',
+        help='a pretraining checkpoint; from any other, only its encoder is shown',
+    )
+    parser.add_argument(
+        'images',
+        nargs='+',
+        metavar='IMAGE',
+        help='images of any format and size; resized and cropped as in evaluation',
+    )
+    parser.add_argument(
+        '--text',
+        nargs='+',
+        default=[],
+        metavar='TEXT',
+        help='draw how well each text describes the patches, including masked ones: a softmax '
+        'over several texts, or for a single text its cosine minus the mean over the image',
+    )
+    parser.add_argument(
+        '--output_dir',
+        default='./visualized',
+        metavar='DIR',
+        help='folder for NAME-visualized.png, one per image',
+    )
+    parser.add_argument(
+        '--seed',
+        default=0,
+        type=bounded(int, 0, 2**63 - 1),
+        metavar='N',
+        help='random seed of the masks',
+    )
+    parser.add_argument(
+        '--device', metavar='DEVICE', help='cuda or cpu; default: cuda if there is a GPU'
+    )
+
+    group = parser.add_argument_group('model settings (default: read from the checkpoint)')
     group.add_argument('--model', choices=MODELS, metavar='NAME', help=', '.join(MODELS))
-    group.add_argument('--input_size', type=bounded(int, 1, 4096), metavar='PIXELS', help='pixels along a side')
-    group.add_argument('--mask_ratio', type=bounded(float, 0, 1, open_high=True), metavar='SHARE', help='share of patches hidden')
-    group.add_argument('--clip_path', metavar='FILE|NAME', help="the teacher, which --text asks too; '': none")
-    group.add_argument('--teacher', metavar='NAME', help="a teacher in place of --clip_path's")
-    group.add_argument('--teacher_path', metavar='FILE', help='its weights')
-    group.add_argument('--teacher_norm', choices=['imagenet', 'own'], help="what normalises the teacher's input")
-    for name, text in (('use_clip', "it predicts the teacher's features"),
-                       ('pixel_target', 'or pixels, with the masks of its teacher'),
-                       ('change_decoder', 'it has the prompting decoder'),
-                       ('attn_mask', 'predict from patches drawn by importance'),
-                       ('norm_pix_loss', 'its pixels are normalised per patch')):
+    group.add_argument(
+        '--input_size', type=bounded(int, 1, 4096), metavar='PIXELS', help='pixels per side'
+    )
+    group.add_argument(
+        '--mask_ratio',
+        type=bounded(float, 0, 1, open_high=True),
+        metavar='SHARE',
+        help='share of masked patches',
+    )
+    group.add_argument(
+        '--clip_path',
+        metavar='FILE|NAME',
+        help="the teacher, which also encodes --text; '': no teacher",
+    )
+    group.add_argument('--teacher', metavar='NAME', help='teacher instead of --clip_path')
+    group.add_argument('--teacher_path', metavar='FILE', help='weights of --teacher')
+    group.add_argument(
+        '--teacher_norm', choices=['imagenet', 'own'], help="normalization of the teacher's input"
+    )
+    for name, text in (
+        ('use_clip', "model predicts the teacher's features"),
+        ('pixel_target', 'model predicts pixels but was masked by a teacher'),
+        ('change_decoder', 'model has the prompting decoder'),
+        ('attn_mask', 'predict from patches drawn by importance'),
+        ('norm_pix_loss', 'model predicts pixels normalized per patch'),
+    ):
         group.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, help=text)
     return parser
 
 
-def prepare(args):
-    """All that the flags name, read and checked.
-
-    Returns:
-        Namespace of settings (see settings_of), model, teacher (or None), images (a list of [1, 3, H, W] on the device), and
-        features and scale of the texts (see read_texts), which are None where there is no text.
-    """
-    args.text = args.text or []
-    choose_device(args)
-    device = torch.device(args.device)
+def main(args: argparse.Namespace) -> None:
+    device, given = choose_device(args.device), vars(args)
     checkpoint, state_dict = read_weights(args.checkpoint)
-    settings = settings_of(args, checkpoint)
-    model = build_model(settings, state_dict, args.checkpoint).to(device)
-    length = model.patch_embed.num_patches
-    if count_visible(length, settings.mask_ratio) < 1:
-        raise UserError(f'--mask_ratio {settings.mask_ratio} leaves none of {length} patches visible')
-    transform = build_transform(False, settings)
-    images = [read_picture(path, transform)[None].to(device) for path in args.images]
-    teacher = open_teacher(args, settings, model, device)
-    tower = text_tower(settings) if teacher else ''
-    features, scale = read_texts('--text', args.text, tower) if args.text else (None, None)
-    return argparse.Namespace(settings=settings, model=model, teacher=teacher, images=images, features=features,
-                              scale=scale)
-
-
-def main(args):
-    parts = prepare(args)
-    with as_user_error(f'--output_dir {args.output_dir} cannot be written to', OSError):
+    settings = resolve_settings(given, checkpoint)
+    model = build_model(settings, state_dict, f'checkpoint {args.checkpoint}').to(device)
+    patches, ratio = model.patch_embed, settings.mask_ratio
+    refuse(
+        (
+            count_visible(patches.num_patches, ratio) < 1,
+            f'--mask_ratio {ratio} masks all of the {patches.num_patches} patches',
+        )
+    )
+    images = [read_image(path, patches.img_size[0]).to(device) for path in args.images]
+    teacher, text_tower = open_teacher(settings, given, model, device)
+    encoded = read_texts('--text', args.text, text_tower) if args.text else None
+    with as_user_error(f'--output_dir {args.output_dir} cannot be created', OSError):
         os.makedirs(args.output_dir, exist_ok=True)
-    missing = left_out(parts.model, parts.teacher, args.text)
-    if missing:
-        print(f'Left out: {missing}')
-    titles = {**TITLES, 'reconstruction': NORM_PIX} if parts.model.norm_pix_loss else TITLES
-    for path, image, name in zip(args.images, parts.images, output_names(args.images)):
-        seen = look(parts.model, parts.teacher, image, parts.settings.mask_ratio, args.seed)
-        rows, value_range = text_rows(seen, parts.features, parts.scale) if args.text else ([], None)
-        figure = draw_figure(draw_panels(seen), titles, os.path.basename(path), args.text, rows, value_range)
-        out = os.path.join(args.output_dir, name)
-        with as_user_error(f'{out} could not be written', OSError):
-            figure.savefig(out, dpi=110)
-        print(f'{path} -> {out}')
-
-
-def read_picture(path, transform):
-    """Picture file -> [3, H, W] as evaluation sees it, normalised."""
-    try:
-        return normalise(transform(ImageFile(path)))
-    except UnreadableImage as e:
-        reason = re.sub(r' <_io\.\S+ object at \S+>', '', first_line(e))
-        raise UserError(f'{path} cannot be read as a picture: {reason}') from e
+    missing = {
+        'importance and semantic masks (no teacher: give --clip_path)': teacher is None,
+        'predictions (no decoder in the checkpoint)': not model.decoder_blocks,
+        'texts for the predictions (which are pixels)': model.decoder_blocks
+        and args.text
+        and not model.use_clip,
+    }
+    if any(missing.values()):
+        print('Not drawn:', '; '.join(text for text, applies in missing.items() if applies))
+    names = [os.path.basename(path) for path in args.images]
+    stems = panels.number_repeats(
+        [f'{os.path.splitext(name)[0]}-visualized' for name in names], '-', str.lower
+    )
+    for path, image, name, stem in zip(args.images, images, names, stems):
+        out = panels.run_model(model, teacher, image, ratio, args.seed)
+        file = os.path.join(args.output_dir, f'{stem}.png')
+        with as_user_error(f'{file} could not be written', OSError):
+            draw_figure(out, name, args.text, encoded, model.norm_pix_loss).savefig(file, dpi=110)
+        print(f'{path} -> {file}')
 
 
 if __name__ == '__main__':

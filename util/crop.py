@@ -1,14 +1,21 @@
-"""Random crops whose box is drawn from the size alone, before anything is decoded."""
+"""Random crops whose box is drawn from the image size alone, before decoding."""
 
 import math
 import random
+from collections.abc import Sequence
 
 
-def resized_crop_box(width, height, scale, ratio):
-    """(top, left, height, width) of a random crop in pixels, with the distribution of torchvision's RandomResizedCrop.
+def resized_crop_box(
+    width: int, height: int, scale: Sequence[float], ratio: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """Draw the box of a random crop, distributed as in torchvision's RandomResizedCrop.
 
-    Area uniform in ``scale`` of the picture's, logarithm of the aspect uniform in that of ``ratio``, position uniform. A box that
-    does not fit into the picture is drawn anew; after ten of them the largest central one of an allowed aspect is taken.
+    Area fraction ~ U(scale), log aspect ratio ~ U(log ratio), position uniform. A box that does
+    not fit into the image is drawn again. After ten attempts the largest central box with an
+    allowed aspect ratio is used.
+
+    Returns:
+        (top, left, height, width) in pixels.
     """
     for _ in range(10):
         w, h = _draw(width, height, scale, ratio)
@@ -19,10 +26,16 @@ def resized_crop_box(width, height, scale, ratio):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def single_crop_box(width, height, scale, ratio):
-    """The same drawn once: a box that does not fit is cut to the picture. Linear probing's (MAE, appendix A.1)."""
+def single_crop_box(
+    width: int, height: int, scale: Sequence[float], ratio: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """Draw a box once, and cut it to the image if it does not fit.
+
+    For linear probing (MAE, appendix A.1). See resized_crop_box.
+    """
     w, h = _draw(width, height, scale, ratio)
-    w, h = min(max(w, 1), width), min(max(h, 1), height)  # a picture of few pixels could round to none
+    # at least one pixel: one side of a tiny image can round to 0
+    w, h = min(max(w, 1), width), min(max(h, 1), height)
     return random.randint(0, height - h), random.randint(0, width - w), h, w
 
 
@@ -30,17 +43,3 @@ def _draw(width, height, scale, ratio):
     area = width * height * random.uniform(*scale)
     aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
     return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-
-
-class RandomResizedCrop:
-    """ImageFile -> uint8 [3, size, size]: a random box of it, resized bicubically.
-
-    Args:
-        draw: resized_crop_box or single_crop_box.
-    """
-
-    def __init__(self, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), draw=resized_crop_box):
-        self.size, self.scale, self.ratio, self.draw = size, scale, ratio, draw
-
-    def __call__(self, image):
-        return image.crop(self.draw(*image.size, self.scale, self.ratio), self.size)

@@ -1,25 +1,56 @@
+"""Learning rate: scaled by the batch size, linear warm-up, then a half cosine."""
+
 import math
+from dataclasses import dataclass
+
+import torch
 
 
-def absolute_lr(args, blr):
-    """lr = blr * effective batch / 256. Reads args.batch_size, accum_iter, world_size."""
-    return blr * (args.batch_size * args.accum_iter * args.world_size) / 256
+def absolute_lr(blr: float, effective_batch: int) -> float:
+    """Scale the base learning rate, which is for 256 images, to the effective batch."""
+    return blr * effective_batch / 256
 
 
-def adjust_learning_rate(optimizer, epoch, args):
-    """Set and return the learning rate at a fractional ``epoch``: linear warm-up from 0, then half a cosine to args.min_lr.
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate as a function of the epoch.
 
-    Reads args.lr, min_lr, warmup_epochs, epochs. A parameter group's own ``blr`` takes the place of args.lr for it; its own
-    ``lr_scale`` multiplies the rate.
+    Attributes:
+        lr: peak learning rate, after the warm-up.
+        min_lr: learning rate at the end.
+        warmup_epochs, epochs: length of the warm-up and of the run.
+        effective_batch: batch_size * accum_iter * world_size, for groups with a ``blr``.
+    """
+
+    lr: float
+    min_lr: float
+    warmup_epochs: int
+    epochs: int
+    effective_batch: int = 256
+
+
+def adjust_learning_rate(
+    optimizer: torch.optim.Optimizer, epoch: float, schedule: Schedule
+) -> float:
+    """Set and return the learning rate at a fractional epoch.
+
+    Args:
+        optimizer: a parameter group with a ``blr`` has that base learning rate instead of the
+            schedule's peak. The ``lr_scale`` of a group multiplies its learning rate.
+        schedule: a Schedule, or any object with its attributes.
     """
     for group in optimizer.param_groups:
-        peak = absolute_lr(args, group['blr']) if 'blr' in group else args.lr
-        group['lr'] = scheduled(peak, epoch, args) * group.get('lr_scale', 1.0)
-    return scheduled(args.lr, epoch, args)
+        peak = schedule.lr
+        if 'blr' in group:
+            peak = absolute_lr(group['blr'], schedule.effective_batch)
+        group['lr'] = _scheduled(peak, epoch, schedule) * group.get('lr_scale', 1.0)
+    return _scheduled(schedule.lr, epoch, schedule)
 
 
-def scheduled(peak, epoch, args):
-    if epoch < args.warmup_epochs:
-        return peak * epoch / args.warmup_epochs
-    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-    return args.min_lr + (peak - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+def _scheduled(peak, epoch, schedule):
+    if epoch < schedule.warmup_epochs:
+        return peak * epoch / schedule.warmup_epochs
+    length = schedule.epochs - schedule.warmup_epochs
+    progress = (epoch - schedule.warmup_epochs) / length
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return schedule.min_lr + (peak - schedule.min_lr) * cosine

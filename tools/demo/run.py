@@ -1,5 +1,7 @@
-"""The demo: draw a data set, train a small CLIP on its captions, pretrain MILAN with that teacher and MAE without, and compare
-the two with random weights by linear probing and fine-tuning.
+"""Run the demo: draw a data set, train a CLIP, pretrain MILAN and MAE, compare by classification.
+
+The CLIP learns from the captions of the data set and is MILAN's teacher. MILAN, MAE and random
+weights are then compared by linear probing and fine-tuning with few labels.
 
     python -m tools.demo.run --output_dir demo_output
 """
@@ -12,157 +14,137 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from tools.demo.draw import CLASSES
-from util.errors import one_line
-from util.parser import Parser, bounded
+from tools.demo.draw import CLASSES, demo_parser
+from util import cli, errors, files
 
-# everything the demo writes, and so may delete
-MADE = ('data', 'labelled', 'milan', 'mae', 'linear', 'finetune', 'captions_train.jsonl', 'captions_val.jsonl',
-        'clip_demo.pth.tar', 'teacher.json', 'results.json', 'figure.png', 'loss.png', 'results.png',
-        'text_query.png')
-STAGES = 7
+# Everything that the demo writes, and may therefore delete.
+OUTPUTS = """data labeled milan mae linear finetune captions_train.jsonl captions_val.jsonl
+    clip_demo.pth.tar teacher.json results.json figure.png loss.png results.png
+    text_query.png""".split()
+EPOCHS = 2  # of pretraining
+
+# Flags by script. --aa '' turns off augmentation that would hide the patterns.
+PRETRAIN = f"""main_pretrain.py --model mae_vit_tiny_patch8 --batch_size 64 --mask_ratio 0.75
+    --epochs {EPOCHS} --warmup_epochs 1 --blr 4e-3 --weight_decay 0.05""".split()
+CLASSIFY = f"""--model vit_tiny_patch8 --nb_classes {len(CLASSES)} --batch_size 32
+    --warmup_epochs 0""".split()
+SCRIPTS = {
+    'linear': 'main_linprobe.py --epochs 3 --lr 8'.split(),
+    'finetune': [
+        *'main_finetune.py --epochs 2 --lr 1e-3 --global_pool --reprob 0 --aa'.split(),
+        '',
+    ],
+}
 
 
-def clear(out):
-    """Delete what an earlier demo left in ``out``, and nothing that somebody else put there."""
+def clear(out: Path) -> None:
+    """Delete the outputs of an earlier demo in ``out``, and nothing else."""
     marker = out / '.made_by_the_demo'
-    there = [name for name in MADE if (out / name).exists()]
-    if there and not marker.exists():
-        sys.exit(f'error: --output_dir {out} has {there[0]} in it, which the demo did not make; name another folder')
-    for name in there:
-        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+    found = [out / name for name in OUTPUTS if (out / name).exists()]
+    taken = f'--output_dir {out} has {[path.name for path in found]}, which the demo did not write'
+    errors.refuse((found and not marker.exists(), f'{taken}; choose another folder'))
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
     marker.touch()
 
 
-def stage(number, title):
-    print(f'\n=== {number}/{STAGES} {title}', flush=True)
+def run(*command: Any) -> float:
+    """Print a command, run it, and return its seconds.
 
-
-def run(*command):
-    """One script as a process of its own, its command shown first; its failure ends the demo. Returns the seconds it took."""
-    command = [str(c) for c in command]
+    Raises:
+        UserError: if it fails.
+    """
+    command = [str(word) for word in command]
     print(f'$ {shlex.join(["python", *command])}', flush=True)
     start = time.time()
     status = subprocess.run([sys.executable, *command]).returncode
-    if status != 0:
-        sys.exit(f'error: the demo ended here, status {status}; the message stands above')
+    errors.refuse((status, f'{command[0]} failed with status {status}; its message is above'))
     print(f'=== done in {time.time() - start:.0f} s', flush=True)
     return time.time() - start
 
 
-def last_line(folder):
-    return json.loads((folder / 'log.txt').read_text().splitlines()[-1])
+def get_args_parser() -> argparse.ArgumentParser:
+    return demo_parser('run', __doc__, 'few images and steps, to test that everything works')
 
 
-def label_some(out, count):
-    """labelled/: the first ``count`` training pictures of each class, as links, and the whole validation set."""
-    for name in CLASSES:
-        folder = out / 'labelled' / 'train' / name
-        folder.mkdir(parents=True)
-        for picture in sorted((out / 'data' / 'train' / name).iterdir())[:count]:
-            (folder / picture.name).symlink_to(picture.resolve())
-    (out / 'labelled' / 'val').symlink_to((out / 'data' / 'val').resolve())
-
-
-def pretrain(out, name, epochs, common, *flags):
-    return run('main_pretrain.py', '--model', 'mae_vit_tiny_patch8', '--batch_size', 64, '--mask_ratio', 0.75, '--epochs', epochs,
-               '--warmup_epochs', 1, '--blr', '4e-3', '--weight_decay', 0.05, '--data_path', out / 'data',
-               '--output_dir', out / name, '--log_dir', out / name, *flags, *common)
-
-
-def classify(out, kind, start, common):
-    """Probe (kind linear) or fine-tune (finetune) from each start; rows of the table.
-
-    start: {name: checkpoint, '' for random weights}.
-    """
-    script, flags = {
-        'linear': ('main_linprobe.py', ['--epochs', 3, '--lr', 8]),
-        'finetune': ('main_finetune.py', ['--epochs', 2, '--lr', '1e-3', '--global_pool', '--aa', '', '--reprob', 0]),
-    }[kind]
-    rows = {}
-    for name, checkpoint in start.items():
-        folder = out / kind / name.split()[0].lower()
-        seconds = run(script, '--model', 'vit_tiny_patch8', '--nb_classes', len(CLASSES), '--batch_size', 32,
-                      '--warmup_epochs', 0, '--data_path', out / 'labelled', '--finetune', checkpoint,
-                      '--output_dir', folder, '--log_dir', folder, *flags, *common)
-        rows[name] = {'top1': last_line(folder)['test_acc1'], 'seconds': seconds}
-    return rows
-
-
-def print_table(results):
-    print(f'\n{"start":16}{"pretraining":>14}{"linear top-1":>22}{"fine-tuned top-1":>22}')
-    for start, row in results['starts'].items():
-        cells = [f'{of["top1"]:.1f} %  ({of["seconds"]:.0f} s)' for of in (row['linear'], row['finetune'])]
-        print(f'{start:16}{row["pretraining"]:>12.0f} s{cells[0]:>22}{cells[1]:>22}')
-    print(f'\n{results["images"]} validation pictures, {results["labels"]} labelled ones to learn from, seed {results["seed"]}, '
-          f'the same epochs for each start. Chance is {100 / len(CLASSES):.1f} %.\n'
-          f'The teacher, told the classes by captions alone, is right in {results["teacher"]:.1%}; its own training took '
-          f'{results["teacher_seconds"]:.0f} s more.\nIts captions name the classes, so that MILAN learns from labels at second '
-          'hand, and MAE from none.')
-
-
-def get_args_parser():
-    parser = Parser('tools.demo.run', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output_dir', default='demo_output', metavar='DIR', help='where all files of the demo go')
-    parser.add_argument('--seed', default=0, type=bounded(int, 0, 2**63 - 1), metavar='N', help='of all draws')
-    parser.add_argument('--quick', action='store_true', help='a few pictures and steps, to see that it works')
-    return parser
-
-
-def main(args):
-    out, seed = Path(args.output_dir), ['--seed', args.seed]
-    quick = ['--quick'] if args.quick else []
-    common = ['--input_size', 64, '--device', 'cpu', '--num_workers', 2, *seed]
-    epochs = 2
+# Run all stages, and print the results.
+@errors.as_user_error('--output_dir cannot be written to', OSError)
+def main(args: argparse.Namespace) -> None:
+    begin, out = time.time(), Path(args.output_dir)
     clear(out)
-    start = time.time()
+    seed, teacher = ['--seed', args.seed], out / 'clip_demo.pth.tar'
+    common = ['--input_size', 64, '--device', 'cpu', '--num_workers', 2, *seed]
+    flags = ['--output_dir', out, *seed, *['--quick'] * args.quick]
+    print('\n=== 1/7 Drawing captioned images: textured shapes on varied backgrounds')
+    run('-m', 'tools.demo.draw', *flags)
+    # labeled/ has links to the first training images per class, and the whole val/.
+    data, labeled = out / 'data', out / 'labeled'
+    for name in CLASSES:
+        (labeled / 'train' / name).mkdir(parents=True)
+        images = sorted((data / 'train' / name).iterdir())
+        for image in images[: 8 if args.quick else 125]:
+            (labeled / 'train' / name / image.name).symlink_to(image.resolve())
+    (labeled / 'val').symlink_to((data / 'val').resolve())
+    print('\n=== 2/7 Training the teacher, a small CLIP, from scratch on images and captions')
+    teacher_seconds = run('-m', 'tools.demo.train_clip', *flags)
 
-    stage(1, 'Drawing captioned pictures: shapes with textures on mixed backgrounds')
-    run('-m', 'tools.demo.draw', '--output_dir', out, *seed, *quick)
-    label_some(out, 8 if args.quick else 125)
-    stage(2, 'Training the teacher, a small CLIP, from scratch on pictures and captions')
-    teacher_seconds = run('-m', 'tools.demo.train_clip', '--output_dir', out, *seed, *quick)
-
-    stage(3, 'Pretraining MILAN with that teacher: the real script, the published flags')
-    seconds = {'MILAN': pretrain(out, 'milan', epochs, common, '--clip_path', out / 'clip_demo.pth.tar', '--use_clip',
-                                 '--change_decoder', '--attn_mask')}
-    stage(4, 'Pretraining MAE: the same script without these flags')
-    seconds['MAE'] = pretrain(out, 'mae', epochs, common, '--norm_pix_loss')
-    seconds['random weights'] = 0.0
-    starts = {'MILAN': out / f'milan/checkpoint-{epochs - 1}.pth', 'MAE': out / f'mae/checkpoint-{epochs - 1}.pth',
-              'random weights': ''}
-
-    stage(5, 'Linear probing from three starts: a linear classifier on frozen features, few labels')
-    linear = classify(out, 'linear', starts, common)
-    stage(6, 'Fine-tuning from the same starts with the same labels')
-    finetune = classify(out, 'finetune', starts, common)
+    methods = {
+        'MILAN': ['--clip_path', teacher, '--use_clip', '--change_decoder', '--attn_mask'],
+        'MAE': ['--norm_pix_loss'],
+    }
+    starts = {name: {'pretraining': 0.0} for name in (*methods, 'random weights')}
+    for stage, (name, method) in enumerate(methods.items(), 3):
+        print(f'\n=== {stage}/7 Pretraining {name}: main_pretrain.py with the published flags')
+        folder = out / name.lower()
+        where = ['--data_path', data, '--output_dir', folder, '--log_dir', folder]
+        starts[name]['pretraining'] = run(*PRETRAIN, *where, *method, *common)
+    for stage, (kind, script) in enumerate(SCRIPTS.items(), 5):
+        print(f'\n=== {stage}/7 {script[0]} from three starts, with few labels')
+        for name, row in starts.items():
+            checkpoint = out / name.lower() / f'checkpoint-{EPOCHS - 1}.pth'
+            start = ['--finetune', checkpoint if name in methods else '']
+            folder = out / kind / name.split()[0].lower()
+            where = ['--data_path', labeled, '--output_dir', folder, '--log_dir', folder]
+            seconds = run(*script, *CLASSIFY, *start, *where, *common)
+            last = json.loads((folder / 'log.txt').read_text().splitlines()[-1])
+            row[kind] = {'top1': last['test_acc1'], 'seconds': seconds}
 
     results = {
-        'teacher': json.loads((out / 'teacher.json').read_text())['zero_shot'], 'seed': args.seed,
-        'teacher_seconds': teacher_seconds, 'images': len(list((out / 'data' / 'val').rglob('*.png'))),
-        'labels': len(list((out / 'labelled' / 'train').rglob('*.png'))),
-        'starts': {name: {'pretraining': seconds[name], 'linear': linear[name], 'finetune': finetune[name]} for name in starts}}
-    (out / 'results.json').write_text(json.dumps(results, indent=2))
-    stage(7, 'Drawing the figures')
+        'teacher': json.loads((out / 'teacher.json').read_text())['zero_shot'],
+        'seed': args.seed,
+        'teacher_seconds': teacher_seconds,
+        'images': len(list((data / 'val').rglob('*.png'))),
+        'labels': len(list((labeled / 'train').rglob('*.png'))),
+        'starts': starts,
+    }
+    files.atomic_write_text(out / 'results.json', json.dumps(results, indent=2))
+    print('\n=== 7/7 Drawing the figures')
     run('-m', 'tools.demo.figure', '--output_dir', out)
 
-    print_table(results)
+    print(f'\n{"start":16}{"pretraining":>14}{"linear top-1":>22}{"fine-tuned top-1":>22}')
+    for name, row in starts.items():
+        cells = [f'{row[kind]["top1"]:.1f} %  ({row[kind]["seconds"]:.0f} s)' for kind in SCRIPTS]
+        print(f'{name:16}{row["pretraining"]:>12.0f} s{cells[0]:>22}{cells[1]:>22}')
     print(f"""
-Demo finished in {time.time() - start:.0f} s. The results are in {out.resolve()}:
+{results['images']} validation images, {results['labels']} labeled training images, \
+seed {args.seed}, equal epochs for all starts. Chance is {100 / len(CLASSES):.1f} %.
+The zero-shot top-1 of the teacher is {results['teacher']:.1%}. Its training took another \
+{teacher_seconds:.0f} s.
+Its captions name the classes: MILAN learns from labels indirectly, and MAE does not.
+
+Demo finished in {time.time() - begin:.0f} s. The results are in {out.resolve()}:
   figure.png               images, the teacher's importance, sampled masks
-  text_query.png           texts compared with what MILAN predicts for hidden patches
-  results.png              the table above as a picture (results.json: as numbers)
-  loss.png                 the curve of MILAN's pretraining loss
+  text_query.png           texts compared with MILAN's predictions for hidden patches
+  results.png              the table above as a plot (results.json: the numbers)
+  loss.png                 MILAN's pretraining loss
   milan/, mae/             pretraining checkpoints and log.txt
-  linear/, finetune/       classifiers from the three starts; curves: tensorboard --logdir {out}
+  linear/, finetune/       classifiers from the three starts; tensorboard --logdir {out}
   clip_demo.pth.tar        the teacher, in the format of OpenAI's state dicts
-  data/, captions_*.jsonl  the pictures and their captions""")
+  data/, captions_*.jsonl  the images and their captions""")
 
 
 if __name__ == '__main__':
-    try:
-        main(get_args_parser().parse_args())
-    except OSError as e:
-        sys.exit(f'error: --output_dir cannot be written to: {one_line(str(e))}')
+    cli.run(main, get_args_parser().parse_args())
