@@ -233,7 +233,7 @@ class Stress:
         with contextlib.redirect_stdout(io.StringIO()):
             start = checkpointer.resume(str(path))
         found = dict(self.model.state_dict())
-        if start.resumed:  # otherwise it has printed that the file has only weights
+        if optimizer.state:  # otherwise it has printed that the file has only weights
             found['start_epoch'] = torch.tensor(start.epoch)
             for i, state in optimizer.state_dict()['state'].items():
                 found.update({f'{i}.{name}': torch.as_tensor(v) for name, v in state.items()})
