@@ -1,4 +1,7 @@
-"""One epoch of a classifier, and its evaluation: what fine-tuning and probing share."""
+"""One epoch of a classifier, and its evaluation: what fine-tuning and probing share.
+
+A step is one batch. After every ``accum_iter`` steps comes an update of the weights.
+"""
 
 import argparse
 from collections.abc import Callable, Iterable
@@ -48,7 +51,7 @@ def train_one_epoch(
             sample indices [N]; it starts at the first iteration that ``start`` leaves to do.
         max_norm: clip gradients to this norm. None: do not clip.
         mixup_fn: timm.data.Mixup, or None.
-        args: read here are accum_iter, batch_size, epochs, max_skipped_steps, output_dir,
+        args: required. Read here are accum_iter, batch_size, epochs, max_skipped_steps, output_dir,
             print_freq, seed.
         schedule: learning rate by epoch.
         amp: precision of the forward pass, a key of util.amp.AMP_DTYPES.
@@ -103,6 +106,7 @@ def train_one_epoch(
             optimizer.zero_grad()
 
         # ---- log: values stay on the device until a line is due; then check for skipped steps
+        # of a sweep of probing heads, the curve shows the median
         check_skipped(log.update(step, lr, loss.median(), loss_scaler.skipped, ids), *limits)
 
         # ---- preemption and timed checkpoints

@@ -1,4 +1,7 @@
-"""One epoch of masked image pretraining."""
+"""One epoch of masked image pretraining.
+
+A step is one batch. After every ``accum_iter`` steps comes an update of the weights.
+"""
 
 import argparse
 from collections.abc import Iterable
@@ -12,7 +15,7 @@ from util.datasets import normalize
 from util.distributed import get_world_size, no_sync
 from util.logs import EpochLog
 from util.lr_sched import Schedule, adjust_learning_rate
-from util.masking import sample_noise
+from util.masking import patch_order, sample_noise
 from util.preemption import Preemption
 
 
@@ -38,7 +41,7 @@ def train_one_epoch(
         model: MaskedAutoencoderViT, or DDP around it.
         data_loader: yields images [N, 3, H, W] (uint8, or normalized float32), labels [N] and
             sample indices [N]; it starts at the first iteration that ``start`` leaves to do.
-        args: read here are accum_iter, batch_size, epochs, mask_ratio,
+        args: required. Read here are accum_iter, attn_mask, batch_size, epochs, mask_ratio,
             max_skipped_steps, output_dir, print_freq, seed.
         schedule: learning rate by epoch.
         teacher: maps images to tokens [N, L+1, D_t] and importance [N, L]. None: predict pixels.
@@ -56,8 +59,7 @@ def train_one_epoch(
     model.train()
     optimizer.zero_grad()
     limits = epoch, args.max_skipped_steps, args.accum_iter, args.output_dir
-    model_without_ddp = getattr(model, 'module', model)
-    num_patches = model_without_ddp.patch_embed.num_patches
+    num_patches = getattr(model, 'module', model).patch_embed.num_patches
     log = EpochLog(
         'train_loss',
         epoch,
@@ -79,7 +81,7 @@ def train_one_epoch(
         images = normalize(images.to(device, non_blocking=True))
         noise = sample_noise(args.seed, epoch, ids.to(device, non_blocking=True), num_patches)
         tokens, importance = teacher(images) if teacher is not None else (None, None)
-        order = model_without_ddp.draw_order(noise, importance)
+        order = patch_order(noise, importance if args.attn_mask else None)
         with no_sync(model, not update), autocast(device, amp):
             loss, _, _ = model(
                 images, args.mask_ratio, (tokens, importance), order, return_pred=False

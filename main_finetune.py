@@ -208,8 +208,8 @@ def build_criterion(
 def main(args: argparse.Namespace) -> None:
     check(args)
     runtime = setup(args, training=not args.eval)
+    check_start(runtime.resume, args.finetune, args.eval)  # --resume auto may have found nothing
     if not (runtime.resume or args.finetune):
-        refuse((args.eval, f'--eval: no checkpoint in --output_dir {args.output_dir} to evaluate'))
         print('No --finetune: the encoder starts from random weights')
 
     # ---- data
@@ -267,7 +267,6 @@ def main(args: argparse.Namespace) -> None:
     )
     schedule = from_flags(Schedule, args, **vars(runtime))
 
-    # ---- resume, or evaluate
     checkpointer = Checkpointer(
         model_without_ddp,
         optimizer,
@@ -278,19 +277,22 @@ def main(args: argparse.Namespace) -> None:
         save_every=args.save_every,
         images_per_step=args.batch_size * runtime.world_size,
     )
-    steps = 1 if args.eval else len(loader_train)
+
+    # ---- evaluate, or resume
+    if args.eval:
+        checkpointer.resume(runtime.resume, weights_only=True)
+        test_stats = evaluate(
+            loader_val, model_without_ddp, runtime.device, runtime.amp, args.print_freq
+        )
+        print_accuracy(test_stats)
+        return
+    steps = len(loader_train)
     start = checkpointer.resume(
         runtime.resume,
         start_epoch=args.start_epoch,
         steps_per_epoch=steps,
         accum_iter=args.accum_iter,
-        weights_only=args.eval,
     )
-    if args.eval:
-        print_accuracy(
-            evaluate(loader_val, model_without_ddp, runtime.device, runtime.amp, args.print_freq)
-        )
-        return
     if start.epoch >= args.epochs:
         print(f'Nothing to do: all of --epochs {args.epochs} are done')
         return
@@ -313,14 +315,13 @@ def main(args: argparse.Namespace) -> None:
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
     )
-    preemption = Preemption(checkpointer, args.save_minutes, args.print_freq)
+    preemption = Preemption(checkpointer, args.save_minutes)
     log_writer = open_log(
         args.output_dir, args.log_dir, checkpointer.flags, start.resumed_at(steps)
     )
-    max_accuracy = start.max_accuracy
+    max_accuracy = checkpointer.extra['max_accuracy'] = start.max_accuracy
     begin = time.time()
     for epoch in range(start.epoch, args.epochs):
-        checkpointer.extra = {'max_accuracy': max_accuracy}
         loader_train.set_epoch(epoch, start.step_of(epoch))
         train_stats = train_one_epoch(
             model,
@@ -353,7 +354,7 @@ def main(args: argparse.Namespace) -> None:
             max_accuracy,
             n_parameters=parameters,
         )
-        checkpointer.extra = {'max_accuracy': max_accuracy}
+        checkpointer.extra['max_accuracy'] = max_accuracy
         checkpointer.save(epoch, best=is_best)
         preemption.after_epoch(epoch)
     print(f'Training time {datetime.timedelta(seconds=int(time.time() - begin))}')

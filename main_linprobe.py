@@ -34,8 +34,7 @@ from util.preemption import Preemption
 from util.runtime import setup
 from util.seeding import seeded
 
-DEFAULT_BLR = [0.1]
-ATTENTIVE_BLR = [5e-4]
+DEFAULT_BLR = {'linear': 0.1, 'attentive': 5e-4}
 
 
 def get_args_parser() -> Parser:
@@ -54,7 +53,7 @@ def get_args_parser() -> Parser:
     )
     group.add_argument(
         '--blr',
-        default=DEFAULT_BLR,
+        default=None,
         nargs='+',
         type=bounded(float, 0, 1e9),
         metavar='LR',
@@ -64,16 +63,14 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def base_rates(probe: str, blr: list[float]) -> list[float]:
+def base_rates(probe: str, blr: list[float] | None) -> list[float]:
     """Return the base learning rates in order, each once.
 
     Args:
         probe: key of PROBES.
-        blr: the flag. Its default object stands for the default of the probe.
+        blr: the flag. None: the default of the probe.
     """
-    if blr is DEFAULT_BLR and probe == 'attentive':
-        blr = ATTENTIVE_BLR
-    return sorted(set(blr))
+    return sorted(set(blr or [DEFAULT_BLR[probe]]))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -102,8 +99,8 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     rates = base_rates(args.probe, args.blr)
     runtime = setup(args, blr=rates[-1], training=not args.eval)
+    check_start(runtime.resume, args.finetune, args.eval)  # --resume auto may have found nothing
     if not (runtime.resume or args.finetune):
-        refuse((args.eval, f'--eval: no checkpoint in --output_dir {args.output_dir} to evaluate'))
         print('No --finetune: the encoder starts from random weights')
 
     # ---- data
@@ -153,7 +150,6 @@ def main(args: argparse.Namespace) -> None:
     loss_scaler = NativeScalerWithGradNormCount(enabled=scales, device=runtime.device)
     schedule = from_flags(Schedule, args, **vars(runtime))
 
-    # ---- resume, or evaluate
     checkpointer = Checkpointer(
         model_without_ddp,
         optimizer,
@@ -164,21 +160,23 @@ def main(args: argparse.Namespace) -> None:
         save_every=args.save_every,
         images_per_step=args.batch_size * runtime.world_size,
     )
-    steps = 1 if args.eval else len(loader_train)
-    start = checkpointer.resume(
-        runtime.resume,
-        start_epoch=args.start_epoch,
-        steps_per_epoch=steps,
-        accum_iter=args.accum_iter,
-        weights_only=args.eval,
-    )
     heads = len(rates) if sweep else None
+
+    # ---- evaluate, or resume
     if args.eval:
+        checkpointer.resume(runtime.resume, weights_only=True)
         test_stats = evaluate(
             loader_val, model_without_ddp, runtime.device, runtime.amp, args.print_freq, heads
         )
         print_accuracy(sweep.compare(test_stats) if sweep else test_stats)
         return
+    steps = len(loader_train)
+    start = checkpointer.resume(
+        runtime.resume,
+        start_epoch=args.start_epoch,
+        steps_per_epoch=steps,
+        accum_iter=args.accum_iter,
+    )
     if start.epoch >= args.epochs:
         print(f'Nothing to do: all of --epochs {args.epochs} are done')
         return
@@ -191,14 +189,13 @@ def main(args: argparse.Namespace) -> None:
         f'{len(loader_train.dataset)} training images, {steps} steps per epoch; '
         f'{len(loader_val.dataset)} validation images'
     )
-    preemption = Preemption(checkpointer, args.save_minutes, args.print_freq)
+    preemption = Preemption(checkpointer, args.save_minutes)
     log_writer = open_log(
         args.output_dir, args.log_dir, checkpointer.flags, start.resumed_at(steps)
     )
-    max_accuracy = start.max_accuracy
+    max_accuracy = checkpointer.extra['max_accuracy'] = start.max_accuracy
     begin = time.time()
     for epoch in range(start.epoch, args.epochs):
-        checkpointer.extra = {'max_accuracy': max_accuracy}
         loader_train.set_epoch(epoch, start.step_of(epoch))
         train_stats = train_one_epoch(
             model,
@@ -232,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
             n_parameters=parameters,
             **({name: test_stats[name] for name in ('blr', 'heads')} if sweep else {}),
         )
-        checkpointer.extra = {'max_accuracy': max_accuracy}
+        checkpointer.extra['max_accuracy'] = max_accuracy
         if sweep and is_best and args.output_dir:  # checkpoint-best.pth has only the best head
             checkpoint = best_head_checkpoint(
                 checkpointer, epoch, test_stats['blr'], args.probe, runtime.effective_batch

@@ -205,7 +205,7 @@ def build_training(
         model = MODELS[args.model](
             img_size=args.input_size,
             norm_pix_loss=args.norm_pix_loss,
-            use_clip=spec is not None and not args.pixel_target,
+            use_clip=spec is not None and not args.pixel_target,  # here: predicts features
             attn_mask=args.attn_mask,
             change_decoder=args.change_decoder,
             target_dim=teacher.dim if teacher else None,
@@ -251,7 +251,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer,
         loss_scaler,
         args.output_dir,
-        flags={**runtime.flags, 'use_clip': spec is not None},
+        flags={**runtime.flags, 'use_clip': spec is not None},  # every teacher flag implies it
         epochs=args.epochs,
         save_every=args.save_every,
         images_per_step=args.batch_size * runtime.world_size,
@@ -267,13 +267,14 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # ---- training loop
-    preemption = Preemption(checkpointer, args.save_minutes, args.print_freq)
+    preemption = Preemption(checkpointer, args.save_minutes)
     log_writer = open_log(
         args.output_dir, args.log_dir, checkpointer.flags, start.resumed_at(steps)
     )
     images = None
     if args.vis_every:
         images = fixed_images(data, build_transform(False, args.input_size), dataset)
+        images = images.to(runtime.device)
     begin = time.time()
     for epoch in range(start.epoch, args.epochs):
         data_loader.set_epoch(epoch, start.step_of(epoch))
@@ -302,7 +303,7 @@ def main(args: argparse.Namespace) -> None:
                 (epoch + 1) * 1000 - 1,  # the x axis is in 1/1000 of an epoch: its last point
                 model_without_ddp,
                 teacher,
-                images.to(runtime.device),
+                images,
                 mask_ratio=args.mask_ratio,
                 seed=args.seed,
                 texts=texts,

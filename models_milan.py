@@ -194,23 +194,6 @@ class MaskedAutoencoderViT(nn.Module):
         x = x.reshape(x.shape[0], g, g, p, p, self.in_chans)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.in_chans, g * p, g * p)
 
-    def draw_order(self, noise: Tensor, importance: Tensor | None = None) -> Tensor:
-        """Decide the mask: draw an order of the patches. The first K of it stay visible.
-
-        Args:
-            noise: [N, L] float32, uniform in (0, 1).
-            importance: [N, L] from the teacher; only used, and required, with attn_mask.
-
-        Returns:
-            ids_shuffle [N, L] int64; see util.masking.patch_order.
-
-        Raises:
-            ValueError: for attn_mask without importance.
-        """
-        if self.attn_mask and importance is None:
-            raise ValueError("attn_mask needs the teacher's importance: pass teacher_out")
-        return patch_order(noise, importance if self.attn_mask else None)
-
     # ---- encoder, decoder, loss ----
 
     def forward_encoder(self, imgs: Tensor, ids_keep: Tensor) -> Tensor:
@@ -311,8 +294,8 @@ class MaskedAutoencoderViT(nn.Module):
                 count_visible.
             teacher_out: (tokens [N, L+1, D_t], importance [N, L]) of the teacher for these
                 images. use_clip needs the tokens, attn_mask the importance.
-            ids_shuffle: [N, L], order of the patches, visible ones first. None draws it with
-                torch's global generator.
+            ids_shuffle: [N, L], order of the patches, visible ones first. The engine decides it;
+                None draws one in the same way, with torch's global generator.
             return_pred: False skips pred and mask; training only needs the loss.
 
         Returns:
@@ -336,8 +319,10 @@ class MaskedAutoencoderViT(nn.Module):
         if self.use_clip and tokens is None:
             raise ValueError("use_clip needs the teacher's tokens: pass teacher_out")
         if ids_shuffle is None:
+            if self.attn_mask and importance is None:
+                raise ValueError("attn_mask needs the teacher's importance: pass teacher_out")
             noise = torch.rand(n, length, device=imgs.device).clamp_min(1e-12)
-            ids_shuffle = self.draw_order(noise, importance)
+            ids_shuffle = patch_order(noise, importance if self.attn_mask else None)
 
         latent = self.forward_encoder(imgs, ids_shuffle[:, :visible])
         pred = self.forward_decoder(latent, ids_shuffle)

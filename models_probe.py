@@ -204,19 +204,18 @@ def best_head_checkpoint(
         probe: key of PROBES.
         effective_batch: images per update.
     """
-    model, optimizer, flags = checkpointer.model, checkpointer.optimizer, checkpointer.flags
-    flags = {**flags, 'blr': [blr], 'lr': absolute_lr(blr, effective_batch)}
-    head = dict(model.head.by_rate())[blr]
+    optimizer = checkpointer.optimizer
+    flags = {**checkpointer.flags, 'blr': [blr], 'lr': absolute_lr(blr, effective_batch)}
+    head = dict(checkpointer.model.head.by_rate())[blr]
     alone = build_optimizer(head, probe, flags['lr'], flags['weight_decay'])
     for group, of_sweep in zip(alone.param_groups, _groups_of(optimizer, blr)):
         group['lr'] = of_sweep['lr']
         alone.state.update({p: optimizer.state[p] for p in group['params']})
-    encoder = {k: v for k, v in model.state_dict().items() if not k.startswith('head.')}
+    contents = checkpointer.contents(epoch)
+    encoder = {k: v for k, v in contents['model'].items() if not k.startswith('head.')}
     return {
+        **contents,
         'model': {**encoder, **{f'head.{k}': v for k, v in head.state_dict().items()}},
         'optimizer': alone.state_dict(),
-        'epoch': epoch,
-        'scaler': checkpointer.loss_scaler.state_dict(),
         'args': argparse.Namespace(**flags),
-        **checkpointer.extra,
     }

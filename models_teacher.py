@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import clip
 from util.amp import AMP_DTYPES
-from util.errors import as_user_error, refuse
+from util.errors import UserError, as_user_error, refuse
 from util.timm_tower import find_timm, load_timm
 
 CLIP_PATH = 'ViT-B/16'  # default of --clip_path: the teacher of the paper
@@ -83,12 +83,8 @@ class TeacherSpec:
         """
         path, clip_names = flags.teacher_path, clip.available_models()
         named = [flag for flag in ('teacher', *LEGACY_TEACHERS) if vars(flags)[flag]]
-        refuse(
-            (
-                path and not named,
-                f'--teacher_path {path} needs --teacher NAME, the model of the file',
-            )
-        )
+        if path and not named:
+            raise UserError(f'--teacher_path {path} needs --teacher NAME, the model of the file')
         if not (named or flags.use_clip):
             return None
         if not named or flags.clip_path != CLIP_PATH:

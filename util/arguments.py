@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from util.cli import bounded
-from util.errors import UserError, refuse
+from util.errors import UserError
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -353,8 +353,8 @@ def check_checkpoint(flag: str, path: str) -> None:
     Raises:
         UserError: if it does not. '' and auto pass.
     """
-    missing = path and path != 'auto' and not os.path.isfile(path)
-    refuse((missing, f'{flag}: checkpoint {path} does not exist, or is not a file'))
+    if path and path != 'auto' and not os.path.isfile(path):
+        raise UserError(f'{flag}: checkpoint {path} does not exist, or is not a file')
 
 
 def check_start(resume: str, finetune: str, evaluates: bool) -> None:
@@ -367,6 +367,6 @@ def check_start(resume: str, finetune: str, evaluates: bool) -> None:
     Raises:
         UserError: if a file is missing, or --eval has nothing to evaluate.
     """
-    nothing = evaluates and not (resume or finetune)
-    refuse((nothing, '--eval needs a checkpoint to evaluate: give --resume FILE'))
+    if evaluates and not (resume or finetune):
+        raise UserError('--eval needs a checkpoint to evaluate: give --resume FILE')
     check_checkpoint(*(('--resume', resume) if resume else ('--finetune', finetune)))

@@ -180,7 +180,7 @@ class EpochLog:
         epoch, epochs: this epoch, and the number of epochs of the run.
         steps: iterations per epoch.
         log_writer: SummaryWriter, or None.
-        print_freq: iterations between two lines.
+        print_freq: iterations between two lines, rounded up to whole updates.
         accum_iter: iterations per update. Curves have one point per update.
         images_per_step: images per iteration on all ranks.
         start_step: iterations of this epoch that an earlier run has done.
@@ -201,7 +201,9 @@ class EpochLog:
         sums: dict[str, tuple[int, float]] | None = None,
     ) -> None:
         self.tag, self.epoch, self.epochs, self.steps = tag, epoch, epochs, steps
-        self.log_writer, self.print_freq, self.accum_iter = log_writer, print_freq, accum_iter
+        self.log_writer, self.accum_iter = log_writer, accum_iter
+        # a line ends with a whole update, so that all of its batches are known if it was skipped
+        self.print_freq = math.ceil(print_freq / accum_iter) * accum_iter
         self.images_per_step, self.start_step = images_per_step, start_step
         self.metrics = MetricLogger()
         self.metrics.add_meter('loss', SmoothedValue())

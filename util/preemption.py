@@ -25,19 +25,15 @@ class Preemption:
     """Watch for signals and the clock between steps. All ranks save and end together.
 
     With one process a signal takes effect after the current update. Several processes have to
-    agree, which they do after every ``print_freq`` iterations.
+    agree, which they do whenever a log line is due.
 
     Args:
         checkpointer: saves the run.
         save_minutes: minutes between two checkpoints within an epoch. None: none.
-        print_freq: iterations between two log lines.
     """
 
-    def __init__(
-        self, checkpointer: Checkpointer, save_minutes: float | None = None, print_freq: int = 20
-    ) -> None:
+    def __init__(self, checkpointer: Checkpointer, save_minutes: float | None = None) -> None:
         self.checkpointer, self.save_minutes = checkpointer, save_minutes
-        self.print_freq = print_freq
         self.last_save = time.monotonic()
         self.signal, self.stops = None, 0.0
         for number in SIGNALS:
@@ -53,10 +49,9 @@ class Preemption:
             step: the number of iterations of the epoch that are done.
             log: the epoch's log.
         """
-        last = step - log.accum_iter
         if step >= log.steps:
             return False  # the epoch is complete: the script saves it and calls after_epoch
-        if get_world_size() > 1 and step // self.print_freq == last // self.print_freq:
+        if get_world_size() > 1 and not log.metrics.due:
             return False
         timed = self.save_minutes is not None and (
             time.monotonic() - self.last_save > 60 * self.save_minutes

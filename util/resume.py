@@ -6,7 +6,7 @@ import sys
 
 from util.checkpoints import io
 from util.distributed import gather, is_main_process
-from util.errors import UserError, refuse
+from util.errors import UserError
 from util.run_info import first_start, restart_count
 
 
@@ -22,8 +22,8 @@ def find_resume(resume: str, output_dir: str) -> str:
     """
     auto, given = resume == 'auto', '' if resume == 'auto' else resume
     restarted = any(gather(restart_count()))
-    message = '--resume auto looks for checkpoints in --output_dir, which is empty'
-    refuse((auto and not output_dir, message))
+    if auto and not output_dir:
+        raise UserError('--resume auto looks for checkpoints in --output_dir, which is empty')
     if not auto and not (restarted and output_dir):
         return given
     found = ''

@@ -30,7 +30,7 @@ class Runtime:
         rank, world_size: of this process, and the number of processes.
         num_workers: data-loader workers per process.
         pin_mem: whether the loader uses page-locked memory.
-        effective_batch: images per update on all ranks.
+        effective_batch: images per update on all ranks. This and the rest only in scripts.
         lr: peak learning rate.
         resume: the checkpoint to continue from, or ''.
         flags: all flags with these values, as stored in checkpoints and starts.txt.
@@ -76,9 +76,7 @@ def setup(args: argparse.Namespace, *, blr: float | None = None, training: bool 
     batch = args.batch_size * args.accum_iter * run.world_size
     blr = args.blr if blr is None else blr
     lr = absolute_lr(blr, batch) if args.lr is None else args.lr
-    resolved = {'effective_batch': batch, 'lr': lr}
-    resolved['resume'] = find_resume(args.resume, args.output_dir)
-    run = replace(run, **resolved)
+    resume = find_resume(args.resume, args.output_dir)
     if training:
         describe_batch(args.batch_size, args.accum_iter, run.world_size, lr)
         if args.warmup_epochs >= args.epochs:
@@ -86,9 +84,10 @@ def setup(args: argparse.Namespace, *, blr: float | None = None, training: bool 
                 f'Note: --warmup_epochs {args.warmup_epochs} is not shorter than the run; the '
                 f'learning rate stays below {lr:.3g}'
             )
-    values = {name: value for name, value in vars(run).items() if name not in ('device', 'flags')}
-    flags = {**vars(args), **values, 'device': str(run.device)}
-    return replace(run, flags=flags)
+    resolved = {'effective_batch': batch, 'lr': lr, 'resume': resume}
+    flags = {**vars(args), **vars(run), **resolved, 'device': str(run.device)}
+    del flags['flags']
+    return replace(run, **resolved, flags=flags)
 
 
 def describe_batch(batch_size: int, accum_iter: int, world_size: int, lr: float) -> None:

@@ -40,6 +40,16 @@ WRONG = {
         '--data_path',
     ),
     'checkpoint absent': ('finetune', ['--finetune', 'nowhere.pth'], 'nowhere.pth'),
+    'checkpoint absent, nothing to resume': (
+        'finetune',
+        ['--finetune', 'nowhere.pth', '--resume', 'auto', '--data_path', 'missing'],
+        'nowhere.pth',
+    ),
+    'nothing to evaluate in the folder': (
+        'linprobe',
+        ['--eval', '--finetune', '', '--resume', 'auto'],
+        '--eval',
+    ),
     'checkpoint truncated': ('linprobe', ['--finetune', 'TRUNCATED'], 'TRUNCATED'),
     'checkpoint of another width': (
         'finetune',

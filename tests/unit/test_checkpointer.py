@@ -60,3 +60,28 @@ def test_functions_of_mae(tmp_path):
     other, optimizer, scaler = training()
     misc.load_model(args, other, optimizer, scaler)
     assert args.start_epoch == 1 and torch.equal(other.weight, model.weight)
+
+
+@pytest.mark.parametrize(
+    'images_per_step, steps_per_epoch, accum_iter, expected',
+    [
+        (4, 25, 1, 24),  # as before
+        (4, 26, 2, 24),
+        (8, 12, 1, 11),  # 96 images are 12 steps of this run: the last one is repeated
+        (8, 12, 4, 8),
+        (64, 1, 1, 0),
+        (4, 10, 1, 9),  # the data set is smaller now
+    ],
+)
+def test_resume_within_an_epoch_with_another_batch_size(
+    tmp_path, images_per_step, steps_per_epoch, accum_iter, expected
+):
+    """The run goes on after the last whole update of the images that are done."""
+    checkpointer = Checkpointer(*training(), tmp_path, flags={}, epochs=3, images_per_step=4)
+    sums = {'loss': (24, 12.0)}
+    checkpointer.save(1, step=24, sums=sums)
+    checkpointer.images_per_step = images_per_step
+    path = tmp_path / 'checkpoint-last.pth'
+    start = checkpointer.resume(str(path), steps_per_epoch=steps_per_epoch, accum_iter=accum_iter)
+    assert (start.epoch, start.step) == (1, expected)
+    assert start.sums == (sums if expected else {})

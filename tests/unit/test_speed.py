@@ -11,7 +11,7 @@ from models_milan import MODELS, MaskedAutoencoderViT
 from models_teacher import Teacher
 from tests.golden.deterministic import images, load_deterministic
 from tests.helpers import TINY_CLIP, log_records, ok, pretrain
-from util.masking import sample_noise
+from util.masking import patch_order, sample_noise
 
 TINY = dict(
     img_size=64,
@@ -61,7 +61,8 @@ def test_model_and_teacher_compile_to_one_graph_each(flags):
     for step in range(3):
         imgs = batch(f'speed{step}')
         tokens, importance = teacher(imgs) if model.use_clip else (None, None)
-        ids = model.draw_order(sample_noise(0, step, torch.arange(3), 64), importance)
+        noise = sample_noise(0, step, torch.arange(3), 64)
+        ids = patch_order(noise, importance if model.attn_mask else None)
         loss, _, _ = compiled(imgs, 0.75, (tokens, importance), ids, return_pred=False)
         loss.backward()
         torch.testing.assert_close(loss, model(imgs, 0.75, (tokens, importance), ids)[0])

@@ -90,6 +90,7 @@ def test_three_updates(models, imgs, visual):
     ids = torch.arange(4)
     args = argparse.Namespace(
         accum_iter=1,
+        attn_mask=True,
         batch_size=4,
         epochs=4,
         mask_ratio=0.75,

@@ -10,7 +10,7 @@ import torch
 from util.amp import NativeScalerWithGradNormCount
 from util.checkpoints import io, verify
 from util.distributed import is_main_process
-from util.errors import UserError, as_user_error, refuse
+from util.errors import UserError, as_user_error
 
 
 class Start(NamedTuple):
@@ -59,7 +59,7 @@ class Checkpointer:
         images_per_step: images per iteration on all ranks.
 
     Attributes:
-        extra: further entries of every checkpoint, such as max_accuracy.
+        extra: further entries of every checkpoint. Classifiers keep max_accuracy in it.
     """
 
     def __init__(
@@ -106,17 +106,22 @@ class Checkpointer:
         keep = step is None and (epoch % self.save_every == 0 or epoch + 1 == self.epochs)
         names = ['checkpoint-best.pth'] * best + [f'checkpoint-{epoch}.pth'] * keep
         links = [os.path.join(self.output_dir, name) for name in names]
-        checkpoint = {
+        checkpoint = self.contents(epoch)
+        if step is not None:
+            within = {'step': step, 'step_images': self.images_per_step, 'sums': sums}
+            checkpoint |= {'epoch': epoch - 1, **within}  # the last complete epoch
+        io.save_on_master(checkpoint, os.path.join(self.output_dir, 'checkpoint-last.pth'), links)
+
+    def contents(self, epoch: int) -> dict[str, Any]:
+        """Return the checkpoint at the end of ``epoch``."""
+        return {
             'model': self.model.state_dict(),
             'optimizer': self.optimizer.state_dict(),
-            'epoch': epoch if step is None else epoch - 1,  # the last complete epoch
+            'epoch': epoch,
             'scaler': self.loss_scaler.state_dict(),
             'args': argparse.Namespace(**self.flags),
             **self.extra,
         }
-        if step is not None:
-            checkpoint |= {'step': step, 'step_images': self.images_per_step, 'sums': sums}
-        io.save_on_master(checkpoint, os.path.join(self.output_dir, 'checkpoint-last.pth'), links)
 
     # Return whether to save. Several skipped steps in a row may mean that the weights are already
     # broken; one is normal with loss scaling. The end of the run must not pass in silence.
@@ -154,7 +159,7 @@ class Checkpointer:
             start_epoch: the first epoch if the checkpoint does not tell it.
             steps_per_epoch, accum_iter: iterations per epoch and per update of this run. After
                 a change of batch size or number of processes, the run resumes after the last
-                whole update that ends before the same image.
+                whole update that ends before the same image and is not the last of the epoch.
             weights_only: load only the weights, for evaluation.
 
         Raises:
@@ -164,13 +169,11 @@ class Checkpointer:
             return Start(epoch=start_epoch)
         checkpoint, state_dict = io.read_weights(path)
         different = io.difference(self.model.state_dict(), state_dict)
-        refuse(
-            (
-                different,
+        if different:
+            raise UserError(
                 f'--resume {path} is a checkpoint of another model: {different}; use the flags '
-                'of its training, such as --model and --input_size',
+                'of its training, such as --model and --input_size'
             )
-        )
         self.model.load_state_dict(state_dict)
         if weights_only or 'optimizer' not in checkpoint or 'epoch' not in checkpoint:
             print(f'Weights from {path}' + ('' if weights_only else ', without optimizer state'))
@@ -185,13 +188,18 @@ class Checkpointer:
                 for name, (count, total) in checkpoint.get('sums', {}).items()
             }
         images = checkpoint.get('step', 0) * checkpoint.get('step_images', self.images_per_step)
-        step = images // (self.images_per_step * accum_iter) * accum_iter
-        if step >= steps_per_epoch:  # the data set has changed: start the epoch again
-            step, sums = 0, {}
+        done = min(images // self.images_per_step, steps_per_epoch - 1)  # the epoch may be shorter
+        step = done // accum_iter * accum_iter
         epoch = checkpoint['epoch'] + 1
         where = f'epoch {epoch}, after step {step}' if step else f'epoch {epoch - 1} is done'
         print(f'Resumed from {path}: {where}')
-        return Start(epoch, step, sums, float(checkpoint.get('max_accuracy', -1)), resumed=True)
+        return Start(
+            epoch,
+            step,
+            sums if step else {},
+            float(checkpoint.get('max_accuracy', -1)),
+            resumed=True,
+        )
 
 
 # ---- MAE's functions, for forks ----
