@@ -19,8 +19,8 @@ from util.datasets import (
 from util.distributed import gather, is_main_process
 from util.errors import UserError
 from util.memory import release_freed_memory
-from util.preemption import ignore_signals
 from util.seeding import seed_of
+from util.signals import ignore_signals
 
 
 class EpochSampler(torch.utils.data.DistributedSampler):
