@@ -3,13 +3,12 @@
 import os
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 
 from util.checkpoints import key_names, unpickle, verify
 from util.distributed import is_main_process
-from util.errors import UserError, as_user_error, refuse
+from util.errors import as_user_error, refuse
 from util.files import atomic_write
 from util.pos_embed import interpolate_pos_embed
 
@@ -29,7 +28,7 @@ def save_on_master(
         UserError: if the file cannot be written. Earlier files stay as they are.
     """
     if is_main_process():
-        atomic_write(path, partial(verify.write_archive, obj), links)
+        atomic_write(path, lambda f: verify.write_archive(obj, f), links)
 
 
 def load(path: str | os.PathLike) -> object:
@@ -43,15 +42,12 @@ def load(path: str | os.PathLike) -> object:
         UserError: if the file is missing, damaged, or altered since it was saved (see
             verify.py), or if it names classes that no known format has.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'checkpoint {path} does not exist, or is not a file')
     # a damaged file can raise almost anything
     with as_user_error(
-        f'checkpoint {path} cannot be read (damaged, or not a checkpoint)', Exception
+        f'checkpoint {path} cannot be read (missing, damaged, or not a checkpoint)', Exception
     ):
-        if str(path).endswith('.safetensors'):
-            return verify.load_safetensors(path)
-        return unpickle.read_torch_file(path)
+        safe = str(path).endswith('.safetensors')
+        return verify.load_safetensors(path) if safe else unpickle.read_torch_file(path)
 
 
 def read_weights(path: str | os.PathLike) -> tuple[object, dict[str, torch.Tensor]]:

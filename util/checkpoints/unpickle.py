@@ -117,8 +117,7 @@ class _Unpickler(pickle._Unpickler):
         state, target = self.stack.pop(), self.stack[-1]
         if not isinstance(target, (Namespace, OrderedDict, Stub)):
             raise ValueError(f'it sets attributes of a {type(target).__name__}')
-        if isinstance(state, dict):
-            vars(target).update(state)
+        vars(target).update(state if isinstance(state, dict) else {})
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}
 
@@ -127,8 +126,8 @@ class _Unpickler(pickle._Unpickler):
         storages = {}
         for key, content in contents:
             dtype, numel = self.storages[key]
-            elements = torch.tensor(np.frombuffer(content, np.uint8)).view(dtype)
-            storages[key] = elements.view(numel)  # refuses another number of elements
+            # the last view refuses another number of elements
+            storages[key] = torch.tensor(np.frombuffer(content, np.uint8)).view(dtype).view(numel)
         for tensor, key, size, stride, offset in self.tensors:
             # as_strided refuses to reach beyond the storage
             tensor.data = storages[key].view(tensor.dtype).as_strided(size, stride, offset)

@@ -34,8 +34,9 @@ def write_archive(obj: object, file: BinaryIO) -> None:
 # tampering: anyone who can write the file can also update the digest. So the CRC-32s are as
 # good as the content, and nothing has to be read.
 def _digest_records(records):
-    others = [r for r in records if not r.filename.endswith(DIGEST_RECORD)]
-    listed = sorted((r.filename, r.file_size, r.CRC) for r in others)
+    listed = sorted(
+        (r.filename, r.file_size, r.CRC) for r in records if not r.filename.endswith(DIGEST_RECORD)
+    )
     return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
@@ -112,7 +113,7 @@ def check_tensor_sizes(state_dict: dict[str, torch.Tensor]) -> None:
     Raises:
         ValueError: if it does.
     """
-    storages = map(torch.Tensor.untyped_storage, state_dict.values())
+    storages = [value.untyped_storage() for value in state_dict.values()]
     stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     # tied weights share a storage, and any machine has room for 8 GB
     if sum(v.nbytes for v in state_dict.values()) > max(4 * stored, 1 << 33):
@@ -149,16 +150,16 @@ def check_training_state(checkpoint: dict, optimizer: torch.optim.Optimizer) -> 
     params = {}
     for ours, theirs in zip(optimizer.param_groups, saved['param_groups']):
         params.update(zip(theirs['params'], ours['params']))
-        pairs += [(name, ours[name], theirs.get(name)) for name in ours.keys() - {'params'}]
+        pairs += [(k, value, theirs.get(k)) for k, value in ours.items() if k != 'params']
     for i, state in saved['state'].items():
         for name in _REQUIRED.get(type(optimizer).__name__, set()) | state.keys():
-            example, value = params[i], state.get(name)
-            if name == 'step':  # a tensor; in files of old releases a number
-                example = 0.0
-                value = value.item() if _is_like(torch.zeros(()), value) else value
+            value = state.get(name)
+            if name == 'step' and _is_like(torch.zeros(()), value):
+                value = value.item()  # old releases have a number
+            example = 0.0 if name == 'step' else params[i]
             pairs.append((f'{name} of parameter {i}', example, value))
     for name, example, value in pairs:
-        if not _is_like(example, value) or name.startswith('step') and value % 1:
+        if not _is_like(example, value) or name.startswith('step of') and value % 1:
             raise UserError(f'{name} is missing, or has another type, range or shape')
 
 
@@ -167,12 +168,15 @@ def check_training_state(checkpoint: dict, optimizer: torch.optim.Optimizer) -> 
 # those that they have.
 def _is_like(example, value):
     if isinstance(example, torch.Tensor):
-        fits = isinstance(value, torch.Tensor) and value.is_floating_point()
-        # an expanded tensor has less memory than elements, and cannot be written to
-        stored = fits and value.untyped_storage().nbytes() >= value.nbytes
-        return stored and value.shape == example.shape
-    if isinstance(example, tuple):
-        is_pair = isinstance(value, tuple | list) and len(value) == len(example)
-        return is_pair and all(map(_is_like, example, value))
+        return (
+            isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and value.shape == example.shape
+            # an expanded tensor has less memory than elements, and cannot be written to
+            and value.untyped_storage().nbytes() >= value.nbytes
+        )
+    if isinstance(example, tuple | list):
+        same_length = isinstance(value, tuple | list) and len(value) == len(example)
+        return same_length and all(map(_is_like, example, value))
     types = {int: [int], float: [int, float]}.get(type(example), [bool, type(None)])
     return type(value) in types and min(example or 0, 0) <= (value or 0) < 1e15
