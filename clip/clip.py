@@ -92,9 +92,8 @@ def find(name_or_path: str, download_root: str | None = None) -> str:
     if os.path.isfile(name_or_path):
         return name_or_path
     if name_or_path not in _MODELS:
-        names = ', '.join(_MODELS)
         raise FileNotFoundError(
-            f"{name_or_path} is neither a file nor one of CLIP's names: {names}"
+            f"{name_or_path} is neither a file nor one of CLIP's names: {', '.join(_MODELS)}"
         )
     file, sha256, local_names = _MODELS[name_or_path]
     for local in filter(os.path.isfile, (*local_names, file)):

@@ -219,8 +219,6 @@ class CLIP(nn.Module):
                 stds |= {
                     block.attn.in_proj_weight: width**-0.5,
                     block.attn.out_proj.weight: residual,
-                }
-                stds |= {
                     block.mlp.c_fc.weight: (2 * width) ** -0.5,
                     block.mlp.c_proj.weight: residual,
                 }
@@ -266,8 +264,13 @@ def build_model(state_dict: dict[str, torch.Tensor]) -> CLIP:
     sizes = ('input_resolution', 'context_length', 'vocab_size')
     state_dict = {k: v for k, v in state_dict.items() if k not in sizes}
     is_resnet = any(k.startswith(('visual.layer1.', 'visual.attnpool.')) for k in state_dict)
-    needed = ('visual.conv1.weight', 'visual.positional_embedding', 'visual.proj')
-    needed += ('positional_embedding', 'token_embedding.weight')
+    needed = (
+        'visual.conv1.weight',
+        'visual.positional_embedding',
+        'visual.proj',
+        'positional_embedding',
+        'token_embedding.weight',
+    )
     # 'visual.transformer.' and 'transformer.' -> number of blocks
     layers = Counter(k.split('resblocks.')[0] for k in state_dict if k.endswith('.ln_1.weight'))
     try:

@@ -128,20 +128,22 @@ class SeededStream(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int, int, dict]]:
         worker = torch.utils.data.get_worker_info()  # None in the main process
-        last_good = BLANK, 0
-        for count, sample in enumerate(self.source):
+        last_good, last_label = ImageFile(BLANK), 0
+        for count, (image, label) in enumerate(self.source):
             local = count * worker.num_workers + worker.id if worker else count
             i = local * self.world_size + self.rank
             # restored afterwards, because timm's readers draw from the same generators
             with seeded('augment', self.seed, self.epoch, i):
+                errors = {}
                 try:
-                    image = self.transform(ImageFile(sample[0]))
-                    last_good, errors = sample, {}
+                    file = ImageFile(image)
+                    x = self.transform(file)
+                    last_good, last_label = file, label
                 except UnreadableImage as e:
                     # replaced, because all processes must see the same number of steps
-                    image = self.transform(ImageFile(last_good[0]))
+                    x = self.transform(last_good)
                     errors = {f'sample {i}': first_line(e)}
-            yield image, last_good[1], i, errors
+            yield x, last_label, i, errors
 
 
 def build_dataset(

@@ -8,7 +8,7 @@ import torch
 
 from util.checkpoints import key_names, unpickle, verify
 from util.distributed import is_main_process
-from util.errors import as_user_error, refuse
+from util.errors import UserError, as_user_error, refuse
 from util.files import atomic_write
 from util.pos_embed import interpolate_pos_embed
 
@@ -42,9 +42,11 @@ def load(path: str | os.PathLike) -> object:
         UserError: if the file is missing, damaged, or altered since it was saved (see
             verify.py), or if it names classes that no known format has.
     """
+    if not os.path.isfile(path):  # reading a pipe or a device would not end
+        raise UserError(f'checkpoint {path} does not exist, or is not a file')
     # a damaged file can raise almost anything
     with as_user_error(
-        f'checkpoint {path} cannot be read (missing, damaged, or not a checkpoint)', Exception
+        f'checkpoint {path} cannot be read (damaged, or not a checkpoint)', Exception
     ):
         safe = str(path).endswith('.safetensors')
         return verify.load_safetensors(path) if safe else unpickle.read_torch_file(path)
