@@ -76,15 +76,16 @@ def load(
         raise ValueError('jit=True is not supported: the model is plain PyTorch')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     model = build_model(read_state_dict(find(name_or_path, download_root))).to(device)
-    size, bicubic = model.visual.input_resolution, transforms.InterpolationMode.BICUBIC
-    steps = [
-        transforms.Resize(size, interpolation=bicubic),
-        transforms.CenterCrop(size),
-        methodcaller('convert', 'RGB'),  # unlike a lambda, it can be pickled
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ]
-    return model, transforms.Compose(steps)
+    size = model.visual.input_resolution
+    return model, transforms.Compose(
+        [
+            transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            methodcaller('convert', 'RGB'),  # unlike a lambda, it can be pickled
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
 
 
 def find(name_or_path: str, download_root: str | None = None) -> str:
