@@ -259,9 +259,8 @@ def build_model(state_dict: dict[str, torch.Tensor]) -> CLIP:
         ValueError: if it is not a ViT CLIP (a ResNet CLIP, say), or has missing or unexpected
             keys.
     """
-    sizes = ('input_resolution', 'context_length', 'vocab_size')
-    state_dict = {k: v for k, v in state_dict.items() if k not in sizes}
-    is_resnet = any(k.startswith(('visual.layer1.', 'visual.attnpool.')) for k in state_dict)
+    unused = ('input_resolution', 'context_length', 'vocab_size')
+    state_dict = {k: v for k, v in state_dict.items() if k not in unused}
     needed = (
         'visual.conv1.weight',
         'visual.positional_embedding',
@@ -273,7 +272,10 @@ def build_model(state_dict: dict[str, torch.Tensor]) -> CLIP:
     layers = Counter(k.split('resblocks.')[0] for k in state_dict if k.endswith('.ln_1.weight'))
     try:
         refuse(
-            (is_resnet, 'a ResNet CLIP has no patch tokens to be a teacher; use a ViT model'),
+            (
+                any(k.startswith(('visual.layer1.', 'visual.attnpool.')) for k in state_dict),
+                'a ResNet CLIP has no patch tokens to be a teacher; use a ViT model',
+            ),
             *((name not in state_dict, f'{name} is missing') for name in needed),
             *(
                 (not v.is_floating_point() or not v.numel(), f'{k} is {v.dtype} {list(v.shape)}')

@@ -98,5 +98,5 @@ class SimpleTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, with a space after every word."""
         characters = ''.join(self.decoder[i] for i in ids)
-        text = bytes(map(self.byte_decoder.get, characters)).decode('utf-8', 'replace')
-        return text.replace('</w>', ' ')
+        content = bytes(map(self.byte_decoder.get, characters))
+        return content.decode('utf-8', 'replace').replace('</w>', ' ')

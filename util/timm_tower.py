@@ -128,7 +128,8 @@ class TimmTower(nn.Module):
 
 
 # Stores query, key and mask of the last attention that is computed in the list ``last``. The
-# pooling's attention comes after that of the last block. torch.compile traces this mode.
+# pooling's attention comes after that of the last block. torch.compile traces this mode, which it
+# could not if the mode set an attribute.
 class _LastAttention(TorchFunctionMode):
     def __init__(self, last):
         super().__init__()
