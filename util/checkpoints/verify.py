@@ -56,6 +56,8 @@ def check_archive(archive: zipfile.ZipFile, size: int) -> str:
     used = [r for r in records if r.filename.startswith((f'{root}/data', digest))]
     if sum(r.file_size for r in used) > size or any(r.compress_type for r in used):
         raise ValueError('its records are compressed, or overlap')
+    if len(set(archive.namelist())) < len(records):
+        raise ValueError('two of its records have the same name')
     if not any(r.CRC for r in records):  # PyTorch can omit the checksums, and then writes 0
         for record in records:
             del record.CRC  # zipfile does not compare what is missing
