@@ -76,15 +76,16 @@ def load(
         raise ValueError('jit=True is not supported: the model is plain PyTorch')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     model = build_model(read_state_dict(find(name_or_path, download_root))).to(device)
-    size, bicubic = model.visual.input_resolution, transforms.InterpolationMode.BICUBIC
-    steps = [
-        transforms.Resize(size, interpolation=bicubic),
-        transforms.CenterCrop(size),
-        methodcaller('convert', 'RGB'),  # unlike a lambda, it can be pickled
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ]
-    return model, transforms.Compose(steps)
+    size = model.visual.input_resolution
+    return model, transforms.Compose(
+        [
+            transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            methodcaller('convert', 'RGB'),  # unlike a lambda, it can be pickled
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
 
 
 def find(name_or_path: str, download_root: str | None = None) -> str:
@@ -92,9 +93,8 @@ def find(name_or_path: str, download_root: str | None = None) -> str:
     if os.path.isfile(name_or_path):
         return name_or_path
     if name_or_path not in _MODELS:
-        names = ', '.join(_MODELS)
         raise FileNotFoundError(
-            f"{name_or_path} is neither a file nor one of CLIP's names: {names}"
+            f"{name_or_path} is neither a file nor one of CLIP's names: {', '.join(_MODELS)}"
         )
     file, sha256, local_names = _MODELS[name_or_path]
     for local in filter(os.path.isfile, (*local_names, file)):

@@ -58,8 +58,8 @@ class Attention(nn.Module):
         # compute only the class token's row, not the full T x T matrix
         row = (q[:, :, :1] @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
         # the row is used as sampling weights: keep it at least in float32
-        row = row.to(torch.promote_types(row.dtype, torch.float32))
-        return y, row.softmax(dim=-1).mean(dim=1).squeeze(1)
+        wide = torch.promote_types(row.dtype, torch.float32)
+        return y, row.softmax(dim=-1, dtype=wide).mean(dim=1).squeeze(1)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -67,8 +67,8 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         self.attn, self.ln_1 = Attention(width, heads), nn.LayerNorm(width)
         c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        mlp = OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj)
-        self.mlp, self.ln_2 = nn.Sequential(mlp), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
+        self.ln_2 = nn.LayerNorm(width)
 
     def forward(
         self, x: torch.Tensor, causal: bool = False, class_row: bool = False
@@ -128,9 +128,8 @@ class VisionTransformer(nn.Module):
 
     def set_grid_size(self, grid_size: int) -> None:
         """Resize the position embedding, as timm does, for images of grid_size**2 patches."""
-        table = self.positional_embedding.data[None]
-        table = resample_abs_pos_embed(table, [grid_size, grid_size])[0]
-        self.positional_embedding = nn.Parameter(table)
+        table = resample_abs_pos_embed(self.positional_embedding[None], [grid_size, grid_size])
+        self.positional_embedding = nn.Parameter(table[0].detach())
         self.grid_size, self.input_resolution = grid_size, grid_size * self.patch_size
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -141,8 +140,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images [N, 3, R, R] to features [N, output_dim], which are not normalized."""
-        x = self.transformer(self.embed(images))
-        return self.ln_post(x[:, 0]) @ self.proj
+        return self.ln_post(self.transformer(self.embed(images))[:, 0]) @ self.proj
 
     def encode_tokens(
         self, images: torch.Tensor, average_targets: int = 1
@@ -219,8 +217,6 @@ class CLIP(nn.Module):
                 stds |= {
                     block.attn.in_proj_weight: width**-0.5,
                     block.attn.out_proj.weight: residual,
-                }
-                stds |= {
                     block.mlp.c_fc.weight: (2 * width) ** -0.5,
                     block.mlp.c_proj.weight: residual,
                 }
@@ -248,8 +244,8 @@ class CLIP(nn.Module):
         """Return scaled cosine similarities: per image [N, M] and per text [M, N]."""
         image_features = F.normalize(self.encode_image(images), dim=-1)
         text_features = F.normalize(self.encode_text(ids), dim=-1)
-        logits_per_image = self.logit_scale.exp() * image_features @ text_features.t()
-        return logits_per_image, logits_per_image.t()
+        logits = self.logit_scale.exp() * image_features @ text_features.t()
+        return logits, logits.t()
 
 
 def build_model(state_dict: dict[str, torch.Tensor]) -> CLIP:
@@ -263,16 +259,23 @@ def build_model(state_dict: dict[str, torch.Tensor]) -> CLIP:
         ValueError: if it is not a ViT CLIP (a ResNet CLIP, say), or has missing or unexpected
             keys.
     """
-    sizes = ('input_resolution', 'context_length', 'vocab_size')
-    state_dict = {k: v for k, v in state_dict.items() if k not in sizes}
-    is_resnet = any(k.startswith(('visual.layer1.', 'visual.attnpool.')) for k in state_dict)
-    needed = ('visual.conv1.weight', 'visual.positional_embedding', 'visual.proj')
-    needed += ('positional_embedding', 'token_embedding.weight')
+    unused = ('input_resolution', 'context_length', 'vocab_size')
+    state_dict = {k: v for k, v in state_dict.items() if k not in unused}
+    needed = (
+        'visual.conv1.weight',
+        'visual.positional_embedding',
+        'visual.proj',
+        'positional_embedding',
+        'token_embedding.weight',
+    )
     # 'visual.transformer.' and 'transformer.' -> number of blocks
     layers = Counter(k.split('resblocks.')[0] for k in state_dict if k.endswith('.ln_1.weight'))
     try:
         refuse(
-            (is_resnet, 'a ResNet CLIP has no patch tokens to be a teacher; use a ViT model'),
+            (
+                any(k.startswith(('visual.layer1.', 'visual.attnpool.')) for k in state_dict),
+                'a ResNet CLIP has no patch tokens to be a teacher; use a ViT model',
+            ),
             *((name not in state_dict, f'{name} is missing') for name in needed),
             *(
                 (not v.is_floating_point() or not v.numel(), f'{k} is {v.dtype} {list(v.shape)}')
@@ -282,8 +285,8 @@ def build_model(state_dict: dict[str, torch.Tensor]) -> CLIP:
         width, _, patch_size, _ = state_dict['visual.conv1.weight'].shape
         grid = math.isqrt(len(state_dict['visual.positional_embedding']) - 1)
         context_length, text_width = state_dict['positional_embedding'].shape
-        widths = f'widths {width} and {text_width} are not multiples of 64'
-        refuse((width % 64 or text_width % 64, widths))
+        if width % 64 or text_width % 64:
+            raise ValueError(f'widths {width} and {text_width} are not multiples of 64')
         with torch.device('meta'):  # no random weights that would be replaced
             model = CLIP(
                 embed_dim=state_dict['visual.proj'].shape[1],

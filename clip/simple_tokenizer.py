@@ -32,7 +32,7 @@ def vocab_path() -> str:
     for folder in package.submodule_search_locations if package else ():
         if os.path.isfile(os.path.join(folder, VOCAB_FILE)):
             return os.path.join(folder, VOCAB_FILE)
-    path = os.path.join(os.path.expanduser('~/.cache/clip'), VOCAB_FILE)
+    path = os.path.expanduser(f'~/.cache/clip/{VOCAB_FILE}')
     return download(VOCAB_URL, path, VOCAB_SHA256, limit=1 << 22)
 
 
@@ -98,5 +98,5 @@ class SimpleTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, with a space after every word."""
         characters = ''.join(self.decoder[i] for i in ids)
-        text = bytes(map(self.byte_decoder.get, characters)).decode('utf-8', 'replace')
-        return text.replace('</w>', ' ')
+        content = bytes(map(self.byte_decoder.get, characters))
+        return content.decode('utf-8', 'replace').replace('</w>', ' ')

@@ -29,8 +29,9 @@ from util.cli import Parser, bounded, run
 from util.datasets import check_data_flags
 from util.errors import as_user_error, refuse
 from util.lr_sched import absolute_lr
-from util.preemption import EXIT_PREEMPTED, SIGNALS
+from util.preemption import EXIT_PREEMPTED
 from util.runtime import describe_batch
+from util.signals import SIGNALS
 
 # The scripts know this signal. submitit's default, USR2, would end their loader workers.
 SIGNAL = 'USR1'

@@ -91,7 +91,8 @@ def run(main: Callable[[argparse.Namespace], None], flags: argparse.Namespace) -
     An error that the user can fix becomes one line on stderr. Exit status: 0 on success,
     1 on errors, 75 if the run was preempted, 130 after Ctrl-C.
     """
-    from util import distributed, preemption  # PyTorch takes seconds to load; --help is faster
+    # PyTorch takes seconds to load; --help is faster
+    from util import distributed, preemption, signals
 
     sys.stdout = sys.stdout or open(os.devnull, 'w')  # the caller may have closed it
     status = 0
@@ -119,7 +120,7 @@ def run(main: Callable[[argparse.Namespace], None], flags: argparse.Namespace) -
             os._exit(1)  # an orderly shutdown would wait for ranks that hang in a collective
         sys.exit(1)
     finally:
-        preemption.restore_signals()
+        signals.restore_signals()
     distributed.shut_down()
     if status:
         sys.exit(status)

@@ -15,7 +15,7 @@ from util.data.image_file import ImageFile, UnreadableImage, unreadable
 from util.data.image_folder import ImageFolder
 from util.data.timm_sources import open_source
 from util.distributed import main_process_first
-from util.errors import UserError, as_user_error, first_line
+from util.errors import UserError, as_user_error, first_line, refuse
 from util.seeding import seed_generators, seed_of, seeded
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -128,20 +128,20 @@ class SeededStream(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int, int, dict]]:
         worker = torch.utils.data.get_worker_info()  # None in the main process
-        last_good = BLANK, 0
-        for count, sample in enumerate(self.source):
+        last_good, last_label = ImageFile(BLANK), 0
+        for count, (image, label) in enumerate(self.source):
             local = count * worker.num_workers + worker.id if worker else count
             i = local * self.world_size + self.rank
             # restored afterwards, because timm's readers draw from the same generators
             with seeded('augment', self.seed, self.epoch, i):
                 try:
-                    image = self.transform(ImageFile(sample[0]))
-                    last_good, errors = sample, {}
+                    file, errors = ImageFile(image), {}
+                    x = self.transform(file)
+                    last_good, last_label = file, label
                 except UnreadableImage as e:
                     # replaced, because all processes must see the same number of steps
-                    image = self.transform(ImageFile(last_good[0]))
-                    errors = {f'sample {i}': first_line(e)}
-            yield image, last_good[1], i, errors
+                    x, errors = self.transform(last_good), {f'sample {i}': first_line(e)}
+            yield x, last_label, i, errors
 
 
 def build_dataset(
@@ -187,18 +187,22 @@ def check_data_flags(data_path: str | None, dataset: str = '') -> None:
     Whether the data exists is not checked: that is up to the machine that reads it.
     """
     kind = ''.join(dataset.lower().partition('/')[:2])  # 'torch/' of torch/NAME
-    if kind not in ('', 'tar', 'folder', 'torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/'):
-        raise UserError(
+    refuse(
+        (
+            kind not in ('', 'tar', 'folder', 'torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/'),
             f'--dataset {dataset}: must be tar, folder, torch/NAME, hfds/NAME, hfids/NAME, '
-            'tfds/NAME or wds/NAME'
-        )
-    if not data_path and kind not in ('hfds/', 'hfids/', 'tfds/'):
-        raise UserError(
-            f'--data_path is missing: give the folder or file of --dataset {dataset}'
-            if dataset
-            else '--data_path is missing: give a folder with train/ and val/, each with one '
-            'subfolder per class'
-        )
+            'tfds/NAME or wds/NAME',
+        ),
+        (
+            not data_path and not dataset,
+            '--data_path is missing: give a folder with train/ and val/, each with one '
+            'subfolder per class',
+        ),
+        (
+            not data_path and kind not in ('hfds/', 'hfids/', 'tfds/'),
+            f'--data_path is missing: give the folder or file of --dataset {dataset}',
+        ),
+    )
 
 
 def image_folder(data_path: str | None, split: str) -> str:
@@ -219,16 +223,18 @@ def check_classes(
     """
     known = [d.source.classes for d in datasets if d.source.classes is not None]
     for names in known:
-        if names != known[0]:
-            raise UserError(
+        refuse(
+            (
+                names != known[0],
                 f'--data_path {data_path}: training and validation set have different classes; '
-                f'{(sorted(set(names) ^ set(known[0])) or names)[0]} is in one of them only'
-            )
-        if len(names) != num_classes:
-            raise UserError(
+                f'{min(set(names) ^ set(known[0]), default=names[0])} is in one of them only',
+            ),
+            (
+                len(names) != num_classes,
                 f'--nb_classes {num_classes}, but {data_path} has {len(names)} classes; '
-                f'give --nb_classes {len(names)}'
-            )
+                f'give --nb_classes {len(names)}',
+            ),
+        )
 
 
 # ---- transforms: from an ImageFile to uint8 [3, H, W], or to float that is already normalized ----

@@ -6,15 +6,14 @@ and raise Preempted, which util.cli.run turns into exit status 75.
 """
 
 import signal
-import threading
 import time
 
 from util.checkpoints.checkpointer import Checkpointer
 from util.distributed import all_reduce_sum, get_world_size
 from util.logs import EpochLog
+from util.signals import SIGNALS
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-SIGNALS = signal.SIGTERM, signal.SIGUSR1
 
 
 class Preempted(Exception):
@@ -86,16 +85,3 @@ class Preemption:
         if self.checkpointer.output_dir:
             hint = 'resume with --resume auto'
         raise Preempted(f'Stopped by {name} after {where}; {hint}')
-
-
-def ignore_signals() -> None:
-    """Ignore the signals in a data-loader worker: clusters send them to all processes of a job."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def restore_signals() -> None:
-    """Restore the default handlers. Does nothing outside the main thread."""
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)

@@ -32,7 +32,6 @@ import re
 import sys
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from util.checkpoints.io import difference, read_weights
-from util.errors import as_user_error, refuse
+from util.errors import UserError, as_user_error, refuse
 
 # modules of timm.models whose ViTs keep one grid of patches from the first block to the last
 VIT_MODULES = ('vision_transformer', 'eva', 'beit', 'deit')
@@ -129,17 +128,17 @@ class TimmTower(nn.Module):
 
 
 # Stores query, key and mask of the last attention that is computed in the list ``last``. The
-# pooling's attention comes after that of the last block. torch.compile traces this mode.
+# pooling's attention comes after that of the last block. torch.compile traces this mode, which it
+# could not if the mode set an attribute.
 class _LastAttention(TorchFunctionMode):
     def __init__(self, last):
         super().__init__()
         self.last = last
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
-            self.last[:] = [args[0], args[1], kwargs.get('attn_mask')]
-        return func(*args, **kwargs)
+            self.last[:] = [args[0], args[1], (kwargs or {}).get('attn_mask')]
+        return func(*args, **(kwargs or {}))
 
 
 # how a timm ViT pools: 'class token', 'attention pooling' or 'mean of patches'
@@ -169,7 +168,6 @@ def load_timm(name: str, grid_size: int, path: str | os.PathLike = '', **kwargs:
         UserError: if there is no such model or tag, the model cannot be a teacher, or the
             weights cannot be downloaded or do not fit.
     """
-    context = f'--teacher {name}'
     cfg = find_timm(name, path)
     kwargs['img_size'] = grid_size * int((re.findall(r'patch(\d+)', name) or [16])[0])
     if not is_model_in_modules(name, ['beit']):  # BEiT always has one image size
@@ -178,27 +176,26 @@ def load_timm(name: str, grid_size: int, path: str | os.PathLike = '', **kwargs:
     has_labels = not path and cfg.num_classes in IMAGENET_HEAD_SIZES
     # without a head, timm would not convert the projection in the file of a CLIP
     kwargs['num_classes'] = cfg.num_classes if is_clip and not has_labels else 0
+    model = timm.create_model(name, **kwargs) if path else _fetch(name, **kwargs)
     if path:
-        model = timm.create_model(name, **kwargs)
         _load_file(model, name, path, is_clip)
-    else:
-        model = _fetch(context, name, **kwargs)
-    if has_labels:
+    elif has_labels:
         print(
             f'Note: the weights {cfg.tag} of {cfg.architecture} were trained on labels '
             f'({cfg.num_classes} classes)'
         )
-    rows, columns = model.patch_embed.grid_size
+    grid = tuple(model.patch_embed.grid_size)
     attention = type(getattr(model.blocks[-1], 'attn', None)).__name__
     refuse(
         (
             attention not in ATTENTIONS,
-            f'{context}: not a teacher, because the attention of its last block is {attention}',
+            f'--teacher {name}: not a teacher, because the attention of its last block is '
+            f'{attention}',
         ),
         (
-            (rows, columns) != (grid_size, grid_size),
-            f'{context} has {rows}x{columns} patches instead of {grid_size}x{grid_size}; '
-            'choose another teacher or --input_size',
+            grid != (grid_size, grid_size),
+            f'--teacher {name} has {grid[0]}x{grid[1]} patches instead of '
+            f'{grid_size}x{grid_size}; choose another teacher or --input_size',
         ),
     )
     return TimmTower(model.eval())
@@ -237,28 +234,25 @@ def find_timm(
     )
     with as_user_error(f'{context}: {version} has no such weights{hint}', RuntimeError):
         cfg = get_pretrained_cfg(name, allow_unregistered=False)
-    refuse(
-        (
-            not path and not cfg.has_weights,
-            f'{context}: timm has no weights for it; give --teacher_path FILE',
-        )
-    )
+    if not (path or cfg.has_weights):
+        raise UserError(f'{context}: timm has no weights for it; give --teacher_path FILE')
     return cfg
 
 
-# Create a model with weights from timm's hub, without running code from the file. For some
-# files timm 1.0.12 calls torch.load without weights_only=True. With the environment variable
-# PyTorch refuses to run code all the same. Hub, cache and network raise many exception types.
-def _fetch(context, name, **kwargs):
-    with (
-        mock.patch.dict(os.environ, {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1'}),
-        as_user_error(
-            f"{context}: cannot download its weights from timm's hub; download them by other "
-            'means and give --teacher_path FILE',
+# Create a model with weights from timm's hub. For some files timm 1.0.12 calls torch.load without
+# weights_only=True. With the environment variable PyTorch refuses to run code all the same. Hub,
+# cache and network raise many exception types.
+def _fetch(name, **kwargs):
+    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
+    try:
+        with as_user_error(
+            f"--teacher {name}: cannot download its weights from timm's hub; download them by "
+            'other means and give --teacher_path FILE',
             Exception,
-        ),
-    ):
-        return timm.create_model(name, pretrained=True, **kwargs)
+        ):
+            return timm.create_model(name, pretrained=True, **kwargs)
+    finally:
+        del os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD']
 
 
 # load the file ``path``; the head of a CLIP becomes the projection in the file, if any
@@ -282,5 +276,6 @@ def _load_file(model, name, path, is_clip):
         for key, value in state_dict.items()
         if key in expected or key.startswith(ENCODER_PREFIXES)
     }
-    refuse((different := difference(expected, encoder), f'{context}: {different}'))
+    if different := difference(expected, encoder):
+        raise UserError(f'{context}: {different}')
     model.load_state_dict(encoder)

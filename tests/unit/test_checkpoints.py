@@ -4,6 +4,7 @@ import argparse
 import sys
 import types
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,7 +325,7 @@ def test_damaged_files(kind, tmp_path):
         with pytest.raises(UserError, match=name) as error:
             load(tmp_path / f'{name}{path.suffix}')
         assert str(error.value).isprintable() and 'weights_only' not in str(error.value)
-    for other in (tmp_path, tmp_path / 'missing.pth'):
+    for other in (tmp_path, tmp_path / 'missing.pth', Path('/dev/zero')):
         with pytest.raises(UserError, match=other.name):
             load(other)
 

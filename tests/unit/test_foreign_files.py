@@ -173,7 +173,7 @@ def test_weights_that_timm_downloads_do_not_run(tmp_path):
     file = tmp_path / 'weights.bin'
     torch.save({'state_dict': Shell(str(tmp_path / 'proof'))}, file)
     environment = dict(os.environ)
-    refused(timm_tower._fetch, '--teacher x', 'vit_that_unpickles_anything', file=file)
+    refused(timm_tower._fetch, 'vit_that_unpickles_anything', file=file)
     assert not (tmp_path / 'proof').exists() and dict(os.environ) == environment
     vit_that_unpickles_anything(file=file)
     assert (tmp_path / 'proof').exists()

@@ -1,5 +1,6 @@
 """Data sets that timm opens, without the scripts."""
 
+import io
 import os
 import pickle
 import shutil
@@ -177,6 +178,24 @@ def test_unreadable_images_in_a_stream(capsys):
         errors = capsys.readouterr().err.splitlines()
         assert ['sample 0;' in errors[0], 'sample 5;' in errors[1]] == [True, True]
         assert len(errors) == 2
+
+
+def test_open_files_in_a_stream():
+    """An unreadable image is replaced by the previous one, whose file is at its end by then."""
+
+    class Files(Stream):
+        def __iter__(self):
+            for image, label in super().__iter__():
+                file = io.BytesIO()
+                if image:
+                    image.save(file, 'PNG')
+                    file.seek(0)
+                yield file, label
+
+    labels = [
+        (int(image.float().mean()), label) for image, label, *_ in SeededStream(Files(), TRANSFORM)
+    ]
+    assert labels[1:] == [(i, i) for i in (1, 2, 3, 4, 4, 6, 7)]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,15 @@ def test_digest_detects_exchanged_records(ours):
     assert not same(load(ours), checkpoint())
 
 
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+def test_two_records_with_one_name(ours):
+    """The second one would replace the first, without our digest unnoticed."""
+    records = [r for r in damage.unzip(ours.read_bytes()) if verify.DIGEST_RECORD not in r[0]]
+    one, two = [r for r in records if '/data/' in r[0]][:2]
+    ours.write_bytes(damage.zipped([*records, (one[0], two[1])]))
+    refused(ours, 'same name')
+
+
 def test_digest_detects_an_altered_pickle(ours):
     records = damage.unzip(ours.read_bytes())
     for old, new in ((b'blocks.1', b'blocks.9'), (b'blocks.2', b'blocks.1')):

@@ -3,13 +3,12 @@
 import os
 from collections import Counter
 from collections.abc import Iterable
-from typing import BinaryIO
 
 import torch
 
 from util.checkpoints import key_names, unpickle, verify
 from util.distributed import is_main_process
-from util.errors import as_user_error, refuse
+from util.errors import UserError, as_user_error, refuse
 from util.files import atomic_write
 from util.pos_embed import interpolate_pos_embed
 
@@ -28,13 +27,8 @@ def save_on_master(
     Raises:
         UserError: if the file cannot be written. Earlier files stay as they are.
     """
-
-    def write(f: BinaryIO) -> None:
-        torch.save(obj, f)
-        verify.add_digest(f)
-
     if is_main_process():
-        atomic_write(path, write, links)
+        atomic_write(path, lambda f: verify.write_archive(obj, f), links)
 
 
 def load(path: str | os.PathLike) -> object:
@@ -48,12 +42,13 @@ def load(path: str | os.PathLike) -> object:
         UserError: if the file is missing, damaged, or altered since it was saved (see
             verify.py), or if it names classes that no known format has.
     """
-    refuse((not os.path.isfile(path), f'checkpoint {path} does not exist, or is not a file'))
-    safe = str(path).endswith('.safetensors')
+    if not os.path.isfile(path):  # reading a pipe or a device would not end
+        raise UserError(f'checkpoint {path} does not exist, or is not a file')
     # a damaged file can raise almost anything
     with as_user_error(
         f'checkpoint {path} cannot be read (damaged, or not a checkpoint)', Exception
     ):
+        safe = str(path).endswith('.safetensors')
         return verify.load_safetensors(path) if safe else unpickle.read_torch_file(path)
 
 
@@ -96,8 +91,13 @@ def load_pretrained(
     """
     context = f'--finetune {path}'
     state_dict, ours = read_weights(path)[1], model.state_dict()
-    errors = RuntimeError, IndexError, TypeError, ValueError
-    with as_user_error(f'{context}: its pos_embed cannot be resized', *errors):
+    with as_user_error(
+        f'{context}: its pos_embed cannot be resized',
+        RuntimeError,
+        IndexError,
+        TypeError,
+        ValueError,
+    ):
         interpolate_pos_embed(model, state_dict)
     loaded = {
         name: value
@@ -149,8 +149,10 @@ def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -
             return f'{name} is ' + ('not part of this model' if name in theirs else 'missing')
         a, b = ours[name], theirs[name]
         if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
-            found, expected = (f'{value.dtype} {list(value.shape)}' for value in (b, a))
-            return f'{name} is {found} in the file and {expected} in the model'
+            return (
+                f'{name} is {b.dtype} {list(b.shape)} in the file and '
+                f'{a.dtype} {list(a.shape)} in the model'
+            )
     return ''
 
 

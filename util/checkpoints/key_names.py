@@ -38,28 +38,28 @@ def to_timm_names(checkpoint: object) -> dict[str, torch.Tensor]:
     content = checkpoint if isinstance(checkpoint, dict) else {}
     nested = content.get('model'), content.get('state_dict'), content
     content = next(value for value in nested if isinstance(value, dict))
-    names_fit = all(isinstance(name, str) and name.isprintable() for name in content)
-    if not (content and names_fit and all(map(torch.is_tensor, content.values()))):
+    if not content or not all(
+        isinstance(name, str) and name.isprintable() and isinstance(value, torch.Tensor)
+        for name, value in content.items()
+    ):
         raise ValueError('it has no state dict')
     state_dict = {re.sub(r'^(module\.|_orig_mod\.)+', '', k): v for k, v in content.items()}
     if any(name.endswith('patch_embed.projection.weight') for name in state_dict):
-        state_dict = {_from_openmmlab(name): value for name, value in state_dict.items()}
-        # a classifier may still have the last norm of pretraining, which it does not use
-        unused = ('norm.weight', 'norm.bias') if 'fc_norm.weight' in state_dict else ()
-        state_dict = {name: value for name, value in state_dict.items() if name not in unused}
+        pairs = [(theirs, ours) for ours, theirs in _OPENMMLAB.items()]
+        # an encoder that was saved alone has no 'backbone.'
+        whole = {
+            re.sub(r'^(?!backbone\.|head\.)', 'backbone.', k): v for k, v in state_dict.items()
+        }
+        state_dict = {_replace(k, pairs).removeprefix('backbone.'): v for k, v in whole.items()}
+        if 'fc_norm.weight' in state_dict:
+            # the classifier does not use the last norm of pretraining, which may still be there
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith('norm.')}
     return state_dict
 
 
 def to_openmmlab(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the state dict of a classifier or encoder under the names of mmpretrain."""
     return {_replace(f'backbone.{k}', _OPENMMLAB.items()): v for k, v in state_dict.items()}
-
-
-# An encoder that was saved alone has no 'backbone.'.
-def _from_openmmlab(name):
-    name = re.sub(r'^(?!backbone\.|head\.)', 'backbone.', name)
-    pairs = [(theirs, ours) for ours, theirs in _OPENMMLAB.items()]
-    return _replace(name, pairs).removeprefix('backbone.')
 
 
 def _replace(name, pairs):

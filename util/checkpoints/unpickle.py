@@ -16,11 +16,10 @@ import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 
+import numpy as np
 import torch
 
 from util.checkpoints.verify import check_archive
-
-_LEGACY_HEADER = [0x1950A86A20F9469CFC6C, 1001]  # magic number, version of the legacy format
 
 
 # Placeholder for objects that are not used: NumPy scalars and arrays, mmengine logs. NumPy's own
@@ -118,8 +117,7 @@ class _Unpickler(pickle._Unpickler):
         state, target = self.stack.pop(), self.stack[-1]
         if not isinstance(target, (Namespace, OrderedDict, Stub)):
             raise ValueError(f'it sets attributes of a {type(target).__name__}')
-        if isinstance(state, dict):
-            vars(target).update(state)
+        vars(target).update(state if isinstance(state, dict) else {})
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}
 
@@ -128,11 +126,8 @@ class _Unpickler(pickle._Unpickler):
         storages = {}
         for key, content in contents:
             dtype, numel = self.storages[key]
-            if len(content) != numel * dtype.itemsize:
-                raise ValueError(f'the record {key} of a tensor has the wrong size')
-            storages[key] = torch.empty(0, dtype=dtype)
-            if numel:  # frombuffer refuses an empty buffer
-                storages[key] = torch.frombuffer(bytearray(content), dtype=dtype)
+            # the last view refuses another number of elements
+            storages[key] = torch.tensor(np.frombuffer(content, np.uint8)).view(dtype).view(numel)
         for tensor, key, size, stride, offset in self.tensors:
             # as_strided refuses to reach beyond the storage
             tensor.data = storages[key].view(tensor.dtype).as_strided(size, stride, offset)
@@ -159,28 +154,24 @@ def read_torch_file(path: str | os.PathLike) -> object:
 
 
 def _read_legacy(f, size):
-    if [_Unpickler(f).load() for _ in range(2)] != _LEGACY_HEADER:
+    # magic number, version, byte order and sizes of types
+    if [_Unpickler(f).load() for _ in range(3)][:2] != [0x1950A86A20F9469CFC6C, 1001]:
         raise ValueError('torch.save writes no such file')
-    _Unpickler(f).load()  # byte order and sizes of types where it was written
     unpickler = _Unpickler(f)
     value, keys = unpickler.load(), _Unpickler(f).load()
-    storages = unpickler.storages
-    if sum(numel * dtype.itemsize for dtype, numel in storages.values()) > size:
-        raise ValueError('its tensors claim more bytes than the file has')
     # in the order of keys: number of elements (8 bytes), elements
     unpickler._fill(
-        (key, f.read(8 + numel * dtype.itemsize).removeprefix(numel.to_bytes(8, 'little')))
+        (key, f.read(min(8 + n * dtype.itemsize, size)).removeprefix(n.to_bytes(8, 'little')))
         for key in keys
-        for dtype, numel in [storages[key]]
+        for dtype, n in [unpickler.storages[key]]
     )
     return value
 
 
 # Yield the dotted names and tensors of a TorchScript module, as its state_dict has them.
 def _iterate_module(module, prefix=''):
-    attributes = dict(vars(module))
-    vars(module).clear()  # a module may be part of itself
-    for name, value in attributes.items():
+    for name in list(vars(module)):
+        value = vars(module).pop(name, None)  # taken out, because a module may be part of itself
         if isinstance(value, torch.Tensor):
             yield prefix + name, value
         elif isinstance(value, ScriptModule):

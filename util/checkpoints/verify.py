@@ -14,7 +14,7 @@ from typing import BinaryIO
 import safetensors.torch
 import torch
 
-from util.errors import refuse
+from util.errors import UserError
 from util.files import atomic_write
 
 DIGEST_RECORD = '.sha256'  # name of our record, and of our entry in .safetensors metadata
@@ -23,18 +23,20 @@ DIGEST_RECORD = '.sha256'  # name of our record, and of our entry in .safetensor
 # ---- zip archives ----
 
 
-def add_digest(file: BinaryIO) -> None:
-    """Add a record with the digest of all other records to a zip archive open for update."""
-    with zipfile.ZipFile(file, 'a') as archive:
-        root = archive.namelist()[0].partition('/')[0]
-        archive.writestr(f'{root}/{DIGEST_RECORD}', _digest_records(archive.infolist()))
+def write_archive(obj: object, file: BinaryIO) -> None:
+    """Write ``obj`` to an open file with torch.save, and add a digest of all records."""
+    torch.save(obj, file)
+    with zipfile.ZipFile(file, 'a') as archive:  # torch.save puts all records into archive/
+        archive.writestr(f'archive/{DIGEST_RECORD}', _digest_records(archive.infolist()))
 
 
 # Hex SHA-256 of the records' names, sizes and CRC-32s. This detects corruption, not
 # tampering: anyone who can write the file can also update the digest. So the CRC-32s are as
 # good as the content, and nothing has to be read.
 def _digest_records(records):
-    listed = sorted((r.filename, r.file_size, r.CRC) for r in records)
+    listed = sorted(
+        (r.filename, r.file_size, r.CRC) for r in records if not r.filename.endswith(DIGEST_RECORD)
+    )
     return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
@@ -52,15 +54,15 @@ def check_archive(archive: zipfile.ZipFile, size: int) -> str:
     digest = f'{root}/{DIGEST_RECORD}'
     # the code in a TorchScript archive is compressed, but never read
     used = [r for r in records if r.filename.startswith((f'{root}/data', digest))]
-    altered = sum(r.file_size for r in used) > size or any(r.compress_type for r in used)
+    if sum(r.file_size for r in used) > size or any(r.compress_type for r in used):
+        raise ValueError('its records are compressed, or overlap')
+    if len(set(archive.namelist())) < len(records):
+        raise ValueError('two of its records have the same name')
     if not any(r.CRC for r in records):  # PyTorch can omit the checksums, and then writes 0
         for record in records:
             del record.CRC  # zipfile does not compare what is missing
-    elif digest in archive.namelist() and not altered:
-        others = [r for r in records if not r.filename.endswith(DIGEST_RECORD)]
-        altered = archive.read(digest).decode() != _digest_records(others)
-    if altered:
-        raise ValueError('its records are compressed, or not those that it was saved with')
+    elif digest in archive.namelist() and archive.read(digest).decode() != _digest_records(records):
+        raise ValueError('its records are not those that it was saved with')
     return root
 
 
@@ -88,9 +90,8 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     with safetensors.safe_open(path, 'pt') as f:
         tensors = {name: f.get_tensor(name) for name in f.keys()}
-        expected = (f.metadata() or {}).get(DIGEST_RECORD)
-    if expected not in (None, _digest_tensors(tensors)):
-        raise ValueError('its tensors are not those that it was saved with')
+        if (f.metadata() or {}).get(DIGEST_RECORD) not in (None, _digest_tensors(tensors)):
+            raise ValueError('its tensors are not those that it was saved with')
     return tensors
 
 
@@ -139,45 +140,45 @@ def check_training_state(checkpoint: dict, optimizer: torch.optim.Optimizer) -> 
     Raises:
         UserError, ValueError, KeyError, TypeError, AttributeError: if it does not fit.
     """
-    within_epoch, scaler = 'step' in checkpoint, checkpoint.get('scaler') or {}
-    lowest = {'epoch': -within_epoch, 'step': 0, 'step_images': 0, 'max_accuracy': -1.0}
-    for name, low in {**lowest, **dict.fromkeys(scaler, 0.0)}.items():
-        value = {**scaler, **checkpoint}.get(name, low)
-        fits = _is_like(low, value) and value >= low
-        refuse((not fits, f'{name} is a {type(value).__name__}, or out of range'))
-    refuse((within_epoch and 'sums' not in checkpoint, 'it has a step but no sums'))
-    saved, params = checkpoint['optimizer'], {}
+    within_epoch, saved = 'step' in checkpoint, checkpoint['optimizer']
+    pairs = [  # (name, example, value): see _is_like
+        ('epoch', -1 if within_epoch else 0, checkpoint['epoch']),
+        ('step', 0, checkpoint.get('step', 0)),
+        ('step_images', 0, checkpoint.get('step_images', 0)),
+        ('max_accuracy', -1.0, checkpoint.get('max_accuracy', 0.0)),
+        ('sums', 0, len(checkpoint['sums']) if within_epoch else 0),
+        *((name, 0.0, value) for name, value in (checkpoint.get('scaler') or {}).items()),
+    ]
+    params = {}
     for ours, theirs in zip(optimizer.param_groups, saved['param_groups']):
         params.update(zip(theirs['params'], ours['params']))
-        for name, value in ours.items():
-            # releases of PyTorch differ in the switches that they have
-            optional = name == 'params' or value is None or isinstance(value, bool)
-            fits = _is_like(value, theirs[name]) if name in theirs else optional
-            refuse((not fits, f'its option {name} is missing or out of range'))
-    required = _REQUIRED.get(type(optimizer).__name__, set())
+        pairs += [(k, value, theirs.get(k)) for k, value in ours.items() if k != 'params']
     for i, state in saved['state'].items():
-        for name in required | state.keys():
-            value, shape = state.get(name), params[i].shape
-            shapes = [()] if name == 'step' else [shape] if name in required else [(), shape]
-            fits = () in shapes and _is_like(0.0, value)
-            if isinstance(value, torch.Tensor):
-                writable = value.nbytes <= value.untyped_storage().nbytes()  # not if it is expanded
-                fits = value.is_floating_point() and writable and value.shape in shapes
-            fits = fits and (name != 'step' or value >= 0 and value % 1 == 0)
-            refuse(
-                (
-                    not fits,
-                    f'{name} of parameter {i} is missing, or has another type, range or shape: '
-                    f'{list(getattr(value, "shape", ()))}, expected {list(shape)}',
-                )
-            )
+        for name in _REQUIRED.get(type(optimizer).__name__, set()) | state.keys():
+            value = state.get(name)
+            if name == 'step' and _is_like(torch.zeros(()), value):
+                value = value.item()  # old releases have a number
+            example = 0.0 if name == 'step' else params[i]
+            pairs.append((f'{name} of parameter {i}', example, value))
+    for name, example, value in pairs:
+        if not _is_like(example, value) or name.startswith('step of') and value % 1:
+            raise UserError(f'{name} is missing, or has another type, range or shape')
 
 
-# whether value is of the kind of example: a pair, a switch or a number.
+# Whether value is of the kind of example: a tensor, a pair, a switch or a number. Numbers may be
+# zero or more, or as low as the example. Switches may be missing: releases of PyTorch differ in
+# those that they have.
 def _is_like(example, value):
-    if isinstance(example, (tuple, list)):
-        return len(value) == len(example) and all(map(_is_like, example, value))
-    if example is None or isinstance(example, bool):
-        return value is None or isinstance(value, bool)
-    kind, limit = (int, 1e9) if isinstance(example, int) else ((int, float), 1e30)
-    return isinstance(value, kind) and abs(value) < limit
+    if isinstance(example, torch.Tensor):
+        return (
+            isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and value.shape == example.shape
+            # an expanded tensor has less memory than elements, and cannot be written to
+            and value.untyped_storage().nbytes() >= value.nbytes
+        )
+    if isinstance(example, tuple | list):
+        same_length = isinstance(value, tuple | list) and len(value) == len(example)
+        return same_length and all(map(_is_like, example, value))
+    types = {int: [int], float: [int, float]}.get(type(example), [bool, type(None)])
+    return type(value) in types and min(example or 0, 0) <= (value or 0) < 1e15

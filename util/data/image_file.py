@@ -54,8 +54,12 @@ class ImageFile:
 
     @unreadable()
     def rgb(self) -> Image.Image:
-        """Decode the whole image. Returns a PIL image, RGB."""
-        self.image = self.image or read_image(io.BytesIO(self.data))
+        """Decode the whole image with PIL, apply its EXIF rotation, and convert it to RGB.
+
+        16-bit images keep their upper 8 bits, where PIL would clip at 255. Transparency is
+        ignored.
+        """
+        self.image = self.image or _to_rgb(Image.open(io.BytesIO(self.data)))
         return self.image
 
     def crop(self, box: tuple[int, int, int, int], size: int) -> torch.Tensor:
@@ -103,18 +107,6 @@ class ImageFile:
             if plain and b'Exif\0\0' in self.data[:65536]:  # 0x0112 is the orientation
                 plain = Image.open(io.BytesIO(self.data)).getexif().get(0x0112, 1) == 1
             return (width, height) if plain else None
-
-
-def read_image(file: str | Path | io.IOBase) -> Image.Image:
-    """Read an image with PIL, convert it to RGB, and apply its EXIF rotation.
-
-    16-bit images keep their upper 8 bits, where PIL would clip at 255. Transparency is ignored.
-
-    Raises:
-        OSError, ValueError and other exceptions of PIL: if the file cannot be read.
-    """
-    with Image.open(file) as image:
-        return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,4 +1,8 @@
-"""Data loaders: sampling order, sharding, and handling of unreadable images."""
+"""Data loaders: sampling order, sharding, and handling of unreadable images.
+
+To add a data source, write a class like image_folder.ImageFolder and open it in build_dataset of
+util/datasets.py, which also lists the names that --dataset knows: nothing changes here.
+"""
 
 import os
 import sys
@@ -19,8 +23,8 @@ from util.datasets import (
 from util.distributed import gather, is_main_process
 from util.errors import UserError
 from util.memory import release_freed_memory
-from util.preemption import ignore_signals
 from util.seeding import seed_of
+from util.signals import ignore_signals
 
 
 class EpochSampler(torch.utils.data.DistributedSampler):
