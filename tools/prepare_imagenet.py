@@ -46,10 +46,10 @@ WRONG_COUNT = '{} has {}, expected {}; replace it, or pass --counts if that is r
 
 
 # Return ``path`` if it is a file. Reading a pipe or a device could last forever.
-def _file(flag, path):
-    if not Path(path).is_file():
-        raise UserError(f'{flag} {path} is not a file')
-    return path
+def _file(flag, path, limit=float('inf')):
+    if not Path(path).is_file() or Path(path).stat().st_size > limit:
+        raise UserError(f'{flag} {path} is not a file, or too large')
+    return Path(path)
 
 
 def index(name: str, kind: str, file: BinaryIO | None = None) -> dict[str, tarfile.TarInfo]:
@@ -168,13 +168,10 @@ def read_list(path: str, classes: set[str]) -> dict[int, str]:
     Raises:
         UserError: if the file cannot be read, or a line has another form.
     """
-    with (
-        as_user_error(f'--val_labels {path} cannot be read', OSError, UnicodeDecodeError),
-        open(_file('--val_labels', path), encoding='utf-8-sig') as file,
-    ):
-        lines = file.read(LARGEST_LIST).rstrip().split('\n')
+    with as_user_error(f'--val_labels {path} cannot be read', OSError, UnicodeDecodeError):
+        text = _file('--val_labels', path, LARGEST_LIST).read_text('utf-8-sig')
     wnids, labels = sorted(classes), {}
-    for i, line in enumerate(lines, 1):
+    for i, line in enumerate(text.rstrip().split('\n'), 1):
         place = f'--val_labels {path}, line {i}'
         match = re.fullmatch(rf'(?:{VAL_IMAGE}\s+)?({WNID}|(?<=\s)[0-9]{{1,9}})', line.strip())
         number, label = (int(match[1] or i), match[2]) if match else (i, '')
