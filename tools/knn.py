@@ -213,14 +213,16 @@ def main(args: argparse.Namespace) -> None:
             as_user_error(f'--json {args.json} cannot be written', OSError),
             open(args.json, 'w', encoding='utf-8') as f,
         ):
-            json.dump(
-                {
-                    'train_images': len(bank),
-                    'images': len(queries),
-                    'temperature': args.temperature,
-                    'knn': rows,
-                },
-                f,
+            print(
+                json.dumps(
+                    {
+                        'train_images': len(bank),
+                        'images': len(queries),
+                        'temperature': args.temperature,
+                        'knn': rows,
+                    }
+                ),
+                file=f,
             )
 
 
