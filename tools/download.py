@@ -67,8 +67,11 @@ def main(args: argparse.Namespace) -> None:
     if args.output_dir:
         check_writable('--output_dir', args.output_dir)
     for name in dict.fromkeys(args.names):
-        flag = '--clip_path' if FILES[name].clip_name else '--finetune'
-        print(f'{name} is downloaded and checked: {flag} {fetch(name, args.output_dir)}')
+        print(
+            f'{name} is downloaded and checked:',
+            '--clip_path' if FILES[name].clip_name else '--finetune',
+            fetch(name, args.output_dir),
+        )
 
 
 if __name__ == '__main__':

@@ -5,7 +5,6 @@ import http.client
 import os
 import time
 import urllib.request
-from typing import Any
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -93,7 +92,7 @@ class _Secure(urllib.request.BaseHandler):
 
     # Status 416: nothing is left to send, or our part is longer than the file. _fetch decides.
     def http_error_416(
-        self, request: urllib.request.Request, response: http.client.HTTPResponse, *details: Any
+        self, request: urllib.request.Request, response: http.client.HTTPResponse, *details: object
     ) -> http.client.HTTPResponse:
         return response
 
@@ -102,8 +101,9 @@ class _Secure(urllib.request.BaseHandler):
 # connection ended early.
 def _fetch(url, part, limit):
     size = os.path.getsize(part) if os.path.exists(part) else 0
-    headers = {'Range': f'bytes={size}-', 'User-Agent': 'milan'}
-    request = urllib.request.Request(url, headers=headers)
+    request = urllib.request.Request(
+        url, headers={'Range': f'bytes={size}-', 'User-Agent': 'milan'}
+    )
     # the timeout is for a connection that sends nothing
     with urllib.request.build_opener(_Secure).open(request, timeout=30) as response:
         sent = response.headers.get('Content-Range', f'bytes {size}-')
