@@ -25,7 +25,7 @@ for _name in ('models_vit', 'util'):
 
 from models_vit import MODELS as _MODELS  # noqa: E402
 from util.checkpoints.io import load_pretrained as _load_pretrained  # noqa: E402
-from util.errors import refuse as _refuse  # noqa: E402
+from util.errors import UserError as _UserError  # noqa: E402
 
 
 # Return the path of a checkpoint, after downloading it if it is a released one.
@@ -35,12 +35,8 @@ def _find(checkpoint):
     from models_released import FILES, fetch  # needs packages that other checkpoints do not
 
     names = [name for name, file in FILES.items() if not file.clip_name]
-    _refuse(
-        (
-            checkpoint not in names,
-            f'checkpoint {checkpoint}: not a file and not one of {", ".join(names)}',
-        )
-    )
+    if checkpoint not in names:
+        raise _UserError(f'checkpoint {checkpoint}: not a file and not one of {", ".join(names)}')
     return fetch(checkpoint, os.path.join(torch.hub.get_dir(), 'checkpoints'))
 
 

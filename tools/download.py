@@ -60,16 +60,18 @@ def main(args: argparse.Namespace) -> None:
     if args.list:
         return _print_table()
     choices = f'choose from {", ".join(FILES)} (see --list)'
-    unknown = [name for name in args.names if name not in FILES]
     refuse(
         (not args.names, f'give a name: {choices}'),
-        (unknown, f'unknown name {", ".join(unknown)}: {choices}'),
+        *((name not in FILES, f'unknown name {name}: {choices}') for name in args.names),
     )
     if args.output_dir:
         check_writable('--output_dir', args.output_dir)
     for name in dict.fromkeys(args.names):
-        flag = '--clip_path' if FILES[name].clip_name else '--finetune'
-        print(f'{name} is downloaded and checked: {flag} {fetch(name, args.output_dir)}')
+        print(
+            f'{name} is downloaded and checked:',
+            '--clip_path' if FILES[name].clip_name else '--finetune',
+            fetch(name, args.output_dir),
+        )
 
 
 if __name__ == '__main__':

@@ -57,15 +57,16 @@ TIMM_SIZES = {
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors of a checkpoint under our names, and its epoch and flags as text."""
     checkpoint, state_dict = read_weights(path)
-    # A tensor may be a view of a larger storage, which would be saved completely.
-    state_dict = {
+    known = isinstance(checkpoint.get('args'), argparse.Namespace)
+    metadata = {
+        'epoch': checkpoint.get('epoch'),
+        **{k: vars(checkpoint['args']).get(k) for k in EXPORTED_FLAGS if known},
+    }
+    return {
+        # A tensor may be a view of a larger storage, which would be saved completely.
         name: torch.as_tensor(value).clone(memory_format=torch.contiguous_format)
         for name, value in state_dict.items()
-    }
-    args = checkpoint.get('args')
-    flags = vars(args) if isinstance(args, argparse.Namespace) else {}
-    metadata = {'epoch': checkpoint.get('epoch'), **{k: flags.get(k) for k in EXPORTED_FLAGS}}
-    return state_dict, {k: str(v) for k, v in metadata.items() if isinstance(v, (str, int, float))}
+    }, {k: str(v) for k, v in metadata.items() if isinstance(v, (str, int, float))}
 
 
 def timm_code(
@@ -84,44 +85,23 @@ def timm_code(
     """
     size = TIMM_SIZES.get(tuple(arguments[k] for k in ('embed_dim', 'depth', 'num_heads')))
     name = f'vit_{size}_patch{arguments["patch_size"]}_224'
-    has_name = timm.is_model(name)
     implied = {'img_size': 224, 'in_chans': 3, 'mlp_ratio': 4.0}
-    pool = 'avg' if 'fc_norm.weight' in state_dict else 'token'
     shown = {
         **{
             k: arguments[k]
-            for k in (implied if has_name else arguments)
+            for k in (implied if timm.is_model(name) else arguments)
             if arguments[k] != implied.get(k)
         },
         'num_classes': len(state_dict.get('head.weight', ())),
-        'global_pool': pool,
-        **({'pool_include_prefix': True} if pool_class_token and pool == 'avg' else {}),
+        'global_pool': 'avg' if 'fc_norm.weight' in state_dict else 'token',
+        **({'pool_include_prefix': True} if pool_class_token else {}),
     }
-    shown = ', '.join(f'{k}={v!r}' for k, v in shown.items())
+    flags = ', '.join(f'{k}={v!r}' for k, v in shown.items())
     return (
-        f'import timm\nmodel = timm.create_model({name!r}, {shown}, checkpoint_path={path!r})'
-        if has_name
+        f'import timm\nmodel = timm.create_model({name!r}, {flags}, checkpoint_path={path!r})'
+        if timm.is_model(name)
         else 'from timm.models import VisionTransformer, load_checkpoint\n'
-        f'model = VisionTransformer({shown})\nload_checkpoint(model, {path!r})'
-    )
-
-
-def check_output(output: str, format: str, checkpoint: str) -> None:
-    """Raise UserError if ``output`` cannot be written. Nothing is read or computed."""
-    suffixes = SUFFIXES[format]
-    refuse(
-        (
-            not output.endswith(suffixes),
-            f'--output {output}: --format {format} needs a name ending in {" or ".join(suffixes)}',
-        ),
-        (
-            not os.path.isdir(os.path.dirname(output) or '.') or os.path.isdir(output),
-            f'--output {output}: must be a file in an existing folder',
-        ),
-        (
-            all(map(os.path.exists, (output, checkpoint))) and os.path.samefile(output, checkpoint),
-            f'--output {output} is the checkpoint itself; give another name',
-        ),
+        f'model = VisionTransformer({flags})\nload_checkpoint(model, {path!r})'
     )
 
 
@@ -150,7 +130,23 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    check_output(args.output, args.format, args.checkpoint)
+    refuse(
+        (
+            not args.output.endswith(SUFFIXES[args.format]),
+            f'--output {args.output}: --format {args.format} needs a name ending in '
+            f'{" or ".join(SUFFIXES[args.format])}',
+        ),
+        (
+            not os.path.isdir(os.path.dirname(args.output) or '.') or os.path.isdir(args.output),
+            f'--output {args.output}: must be a file in an existing folder',
+        ),
+        (
+            os.path.exists(args.output)
+            and os.path.exists(args.checkpoint)
+            and os.path.samefile(args.output, args.checkpoint),
+            f'--output {args.output} is the checkpoint itself; give another name',
+        ),
+    )
     everything, metadata = read_checkpoint(args.checkpoint)
     pool_class_token = metadata.get('global_pool_wcls') == 'True'
     refuse(
@@ -165,14 +161,15 @@ def main(args: argparse.Namespace) -> None:
             'include the class token in the pooling',
         ),
     )
-    tensors, load = everything, f'safetensors.torch.load_file({args.output!r})'
-    code = f'import safetensors.torch\nstate_dict = {load}'
-    if args.format != 'safetensors':
-        tensors, problem = classifier_tensors(everything), 'is not a complete plain ViT'
-        with as_user_error(f'{args.checkpoint} {problem}', ValueError, AssertionError):
-            arguments = infer_arguments(tensors, metadata.get('model'))
-        code = timm_code(tensors, arguments, pool_class_token, args.output)
+    tensors = everything if args.format == 'safetensors' else classifier_tensors(everything)
     content = tensors
+    code = f'import safetensors.torch\nstate_dict = safetensors.torch.load_file({args.output!r})'
+    if args.format != 'safetensors':
+        with as_user_error(
+            f'{args.checkpoint} is not a complete plain ViT', ValueError, AssertionError
+        ):
+            arguments = infer_arguments(tensors, metadata.get('model'))
+            code = timm_code(tensors, arguments, pool_class_token, args.output)
     if args.format == 'openmmlab':
         content = {'meta': metadata, 'state_dict': to_openmmlab(tensors)}
         code = (

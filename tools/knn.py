@@ -11,9 +11,6 @@ are not augmented.
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import chain
 
 import torch
 
@@ -27,7 +24,6 @@ from util.arguments import (
     add_print_freq,
     add_process_arguments,
     check_checkpoint,
-    grid_size_of,
 )
 from util.cli import Parser, bounded, from_flags, run
 from util.data.loader import build_loader
@@ -38,7 +34,6 @@ from util.datasets import (
     check_classes,
     normalize,
 )
-from util.distributed import get_world_size, is_main_process
 from util.errors import as_user_error, refuse
 from util.logs import MetricLogger
 from util.runtime import start_runtime
@@ -50,19 +45,21 @@ QUERIES = 256  # images compared with all training images at a time: 1.3 GB for 
 # the CPU. On rank 0 they are in the order of the data set, for any number of ranks. On other
 # ranks they are those of the rank's share.
 @torch.no_grad()
-def _extract(model, loader, device, amp, print_freq, header):
-    batches = [(torch.zeros(0, model.num_features), *torch.zeros(2, 0, dtype=torch.int64))]
-    for images, labels, ids in MetricLogger().log_every(loader, print_freq, header):
-        with autocast(device, amp):
-            features = model(normalize(images.to(device, non_blocking=True))).float()
-        batches.append((torch.nn.functional.normalize(features, dim=1).cpu(), labels, ids))
-    shares = [batches]
-    if loader.shared and get_world_size() > 1:
-        shares *= get_world_size() * is_main_process()
-        torch.distributed.gather_object(batches, shares or None)
-    features, labels, ids = map(torch.cat, zip(*chain(*(shares or [batches]))))
-    refuse((is_main_process() and not len(ids), f'{header}: no image could be read'))
-    return features[ids.argsort()], labels[ids.argsort()]
+def _extract(model, loader, runtime, print_freq, header):
+    with autocast(runtime.device, runtime.amp):
+        batches = [
+            # there may be no images for this process
+            (torch.zeros(0, model.num_features), *torch.zeros(2, 0, dtype=torch.int64)),
+            *(
+                (model(normalize(images.to(runtime.device, non_blocking=True))).cpu(), labels, ids)
+                for images, labels, ids in MetricLogger().log_every(loader, print_freq, header)
+            ),
+        ]
+    shares = [batches] * (runtime.world_size if loader.shared and runtime.rank == 0 else 1)
+    if loader.shared and runtime.world_size > 1:
+        torch.distributed.gather_object(batches, shares if runtime.rank == 0 else None)
+    features, labels, ids = map(torch.cat, zip(*sum(shares, [])))
+    return torch.nn.functional.normalize(features[ids.argsort()].float()), labels[ids.argsort()]
 
 
 def accuracies(
@@ -71,69 +68,65 @@ def accuracies(
     bank: torch.Tensor,
     labels: torch.Tensor,
     *,
-    ks: Sequence[int],
+    ks: list[int],
     temperature: float,
     num_classes: int,
-    device: torch.device | str = 'cpu',
 ) -> dict[int, tuple[float, float]]:
     """Compute the accuracy of the weighted vote.
 
     Args:
         queries: features of the validation images [Q, D], of length 1.
-        targets: their labels [Q].
-        bank: features of the training images [M, D], of length 1.
-        labels: their labels [M].
+        targets: their labels [Q], on the CPU.
+        bank: features of the training images [M, D], of length 1. Similarities are computed on
+            its device.
+        labels: their labels [M], on the CPU.
         ks: numbers of neighbors that vote. If k exceeds M, all training images vote.
-        device: where similarities are computed.
 
     Returns:
         {k: (top-1, top-5)} in percent.
     """
-    bank, most = bank.to(device), min(max(ks), len(bank))
-    hits = torch.zeros(len(ks), 2, dtype=torch.int64)
+    hits = torch.zeros(len(ks), 2, dtype=torch.float64)
     for q, target in zip(queries.split(QUERIES), targets.split(QUERIES)):
-        similarities, rows = map(torch.Tensor.cpu, (q.to(device) @ bank.T).topk(most))
+        similarities, rows = (q.to(bank.device) @ bank.T).topk(min(max(ks), len(bank)))
         # relative to the nearest, so that exp() does not overflow at low temperatures
-        weights = ((similarities.double() - similarities[:, :1]) / temperature).exp()
+        weights = ((similarities.double() - similarities[:, :1]) / temperature).exp().cpu()
         for i, k in enumerate(ks):
             votes = torch.zeros(len(q), num_classes, dtype=torch.float64).scatter_add(
-                1, labels[rows[:, :k]], weights[:, :k]
+                1, labels[rows[:, :k].cpu()], weights[:, :k]
             )
             values, predicted = votes.topk(min(5, num_classes))
             correct = (predicted == target[:, None]) & (values > 0)  # not without a vote
             hits[i] += torch.stack([correct[:, 0].sum(), correct.sum()])
-    percent = 100 * hits.double() / len(targets)
-    return dict(zip(ks, map(tuple, percent.tolist())))
+    return dict(zip(ks, map(tuple, (100 * hits / len(targets)).tolist())))
 
 
 def get_args_parser() -> Parser:
     parser = Parser('python -m tools.knn', description=__doc__)
     add_encoder_arguments(parser, MODELS)
     group = parser.add_argument_group('neighbors')
-    group.add_argument(
-        '--k',
-        nargs='+',
-        default=[10, 20, 100, 200],
-        type=bounded(int, 1),
-        metavar='K',
-        help='training images that vote; default: 10 20 100 200',
-    )
-    group.add_argument(
-        '--temperature',
-        default=0.07,
-        type=bounded(float, 1e-6),
-        metavar='T',
-        help='a vote counts exp(similarity / temperature)',
-    )
-    group.add_argument('--json', metavar='FILE', help='also write the accuracies to this file')
-    group = parser.add_argument_group('running')
-    group.add_argument(
-        '--batch_size',
-        default=128,
-        type=bounded(int, 1),
-        metavar='N',
-        help='images per process and step',
-    )
+    for flag, options in {
+        '--k': {
+            'nargs': '+',
+            'default': [10, 20, 100, 200],
+            'type': bounded(int, 1),
+            'metavar': 'K',
+            'help': 'training images that vote; default: 10 20 100 200',
+        },
+        '--temperature': {
+            'default': 0.07,
+            'type': bounded(float, 1e-6),
+            'metavar': 'T',
+            'help': 'a vote counts exp(similarity / temperature)',
+        },
+        '--json': {'metavar': 'FILE', 'help': 'also write the accuracies to this file'},
+        '--batch_size': {
+            'default': 128,
+            'type': bounded(int, 1),
+            'metavar': 'N',
+            'help': 'images per process and step',
+        },
+    }.items():
+        group.add_argument(flag, **options)
     add_device_arguments(group)
     add_print_freq(group)
     add_data_arguments(parser.add_argument_group('data'))
@@ -143,7 +136,6 @@ def get_args_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    grid_size_of(args.model, MODELS[args.model], args.input_size)
     check_checkpoint('--finetune', args.finetune)
     runtime = start_runtime(
         device=args.device,
@@ -158,19 +150,6 @@ def main(args: argparse.Namespace) -> None:
     )
     if not args.finetune:
         print('No --finetune: the encoder has random weights')
-    data = from_flags(DataConfig, args, **vars(runtime))
-    # Streams are opened for evaluation: for training they would be shuffled, and cut to equal
-    # parts per process.
-    transform = build_linprobe_transform(False, args.input_size)
-    sets = (
-        build_dataset(not data.dataset, replace(data, val_split=data.train_split), transform),
-        build_dataset(False, data, transform),
-    )
-    check_classes(data.data_path, args.nb_classes, *sets)
-    loaders = [
-        build_loader(dataset, data, is_train=False, num_classes=args.nb_classes, dist_eval=True)
-        for dataset in sets
-    ]
     model = build_encoder(
         args.model,
         input_size=args.input_size,
@@ -178,24 +157,48 @@ def main(args: argparse.Namespace) -> None:
         finetune=args.finetune,
         seed=args.seed,
     ).to(runtime.device)
+    data = from_flags(DataConfig, args, **vars(runtime))
+    sets = [
+        build_dataset(is_train, config, build_linprobe_transform(False, args.input_size))
+        for is_train, config in (
+            # Streams are opened for evaluation: for training they would be shuffled, and cut to
+            # equal parts per process.
+            (
+                not data.dataset,
+                from_flags(DataConfig, args, **vars(runtime), val_split=args.train_split),
+            ),
+            (False, data),
+        )
+    ]
+    check_classes(data.data_path, args.nb_classes, *sets)
     (bank, labels), (queries, targets) = (
-        _extract(model, loader, runtime.device, runtime.amp, args.print_freq, header)
-        for loader, header in zip(loaders, ('Training images', 'Validation images'))
+        _extract(
+            model,
+            build_loader(
+                dataset, data, is_train=False, num_classes=args.nb_classes, dist_eval=True
+            ),
+            runtime,
+            args.print_freq,
+            header,
+        )
+        for dataset, header in zip(sets, ('Training images', 'Validation images'))
     )
-    if not is_main_process():
+    if runtime.rank > 0:
         return
-    ks = sorted(set(args.k))
-    if ks[-1] > len(bank):
+    refuse(
+        (not len(bank), 'Training images: no image could be read'),
+        (not len(queries), 'Validation images: no image could be read'),
+    )
+    if max(args.k) > len(bank):
         print(f'Note: there are only {len(bank)} training images; all of them vote for larger k')
     results = accuracies(
         queries,
         targets,
-        bank,
+        bank.to(runtime.device),
         labels,
-        ks=ks,
+        ks=sorted(set(args.k)),
         temperature=args.temperature,
         num_classes=args.nb_classes,
-        device=runtime.device,
     )
     rows = [{'k': k, 'acc1': top1, 'acc5': top5} for k, (top1, top5) in results.items()]
     print(
@@ -206,17 +209,21 @@ def main(args: argparse.Namespace) -> None:
         sep='\n',
     )
     if args.json:
-        content = {
-            'train_images': len(bank),
-            'images': len(queries),
-            'temperature': args.temperature,
-            'knn': rows,
-        }
         with (
             as_user_error(f'--json {args.json} cannot be written', OSError),
             open(args.json, 'w', encoding='utf-8') as f,
         ):
-            f.write(json.dumps(content) + '\n')
+            print(
+                json.dumps(
+                    {
+                        'train_images': len(bank),
+                        'images': len(queries),
+                        'temperature': args.temperature,
+                        'knn': rows,
+                    }
+                ),
+                file=f,
+            )
 
 
 if __name__ == '__main__':

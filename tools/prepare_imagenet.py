@@ -10,15 +10,12 @@ is always complete. Besides the archives, train takes 140 GB of disk and val 7 G
 """
 
 import argparse
-import contextlib
-import io
-import os
 import re
 import shutil
 import sys
 import tarfile
-import zlib
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -26,159 +23,135 @@ from tqdm import tqdm
 from util.cli import Parser, bounded, run
 from util.errors import UserError, as_user_error, refuse
 
-WNID = re.compile(r'n[0-9]{8}')
-CLASS_ARCHIVE = re.compile(rf'({WNID.pattern})\.tar')
-TRAIN_IMAGE = re.compile(r'[\w.-]+\.(?i:jpe?g)')
-VAL_IMAGE = re.compile(r'ILSVRC2012_val_([0-9]{8})\.(?i:jpe?g)')
-LABEL_LINE = re.compile(rf'(?:{VAL_IMAGE.pattern}\s+)?({WNID.pattern}|(?<=\s)[0-9]{{1,9}})')
+WNID = 'n[0-9]{8}'
+VAL_IMAGE = r'ILSVRC2012_val_([0-9]{8})\.(?i:jpe?g)'
+# the names of the files in an archive: the pattern, and what to call them
+CONTENTS = {
+    'train': (
+        rf'{WNID}\.tar',
+        'class archives (n01440764.tar ...) as in ILSVRC2012_img_train.tar for --train_tar',
+    ),
+    'class': (r'[\w.-]+\.(?i:jpe?g)', 'JPEG images'),
+    'val': (
+        VAL_IMAGE,
+        'images (ILSVRC2012_val_00000001.JPEG ...) as in ILSVRC2012_img_val.tar for --val_tar',
+    ),
+}
 LARGEST_LIST = 1 << 22  # bytes of a list of labels; 50,000 of the longest lines are 2 MB
-DEVKIT_FILES = 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt'
-TAR_ERRORS = (
-    tarfile.TarError,
-    OSError,
-    EOFError,
-    zlib.error,
-    # tarfile raises the following for absurd sizes and endless chains of headers
-    ValueError,
-    OverflowError,
-    RecursionError,
-    MemoryError,
-)
+COUNT = '{} images in {} classes'
+WRONG_COUNT = '{} has {}, expected {}; replace it, or pass --counts if that is right'
 
 
 # ---- archives ----
 
 
-# Open the tar file at the path ``name``, or in ``file``; UserError if it cannot be read.
-@contextlib.contextmanager
-def _open_tar(name, file=None, mode='r:'):
-    refuse(
-        (
-            file is None and not os.path.isfile(name),
-            f'{name} is not a file; give the path of the official archive',
-        )
-    )
+# Return ``path`` if it is a file. Reading a pipe or a device could last forever.
+def _file(flag, path, limit=float('inf')):
+    if not Path(path).is_file() or Path(path).stat().st_size > limit:
+        raise UserError(f'{flag} {path} is not a file, or too large')
+    return Path(path)
+
+
+def index(name: str, kind: str, file: BinaryIO | None = None) -> dict[str, tarfile.TarInfo]:
+    """Return the files in a tar archive, by their names without folder and ending.
+
+    Folders and hidden files (left by macOS) are left out.
+
+    Args:
+        name: path of the archive.
+        kind: which files are expected, a key of CONTENTS.
+        file: the open archive, if it is inside another one; ``name`` is for messages only.
+
+    Raises:
+        UserError: if the archive cannot be read, is cut off, or has other files.
+    """
+    pattern, expected = CONTENTS[kind]
+    files = {}
     with (
-        as_user_error(f'{name} is not a complete tar file; download it again', *TAR_ERRORS),
-        tarfile.open(name, mode, fileobj=file) as tar,
+        as_user_error(
+            f'{name} is not a complete tar file; download it again',
+            tarfile.TarError,
+            OSError,
+            # for absurd sizes and endless chains of headers
+            ValueError,
+            OverflowError,
+            RecursionError,
+            MemoryError,
+        ),
+        tarfile.open(None if file else _file(f'--{kind}_tar', name), 'r:', file) as tar,
     ):
-        yield tar
-
-
-# Yield (member, match of its file name) for the files in ``tar``, in its order; skip folders and
-# hidden files (left by macOS). UserError for a name that does not match ``pattern``, which
-# ``expected`` states in words, for members of other types, and if the archive is cut off.
-def _list_files(tar, name, pattern, expected):
-    stems = set()
-    for member in tar:
-        path = PurePosixPath(member.name)
-        outside = path.is_absolute() or '..' in path.parts or '\\' in member.name
-        skip = member.isdir() or path.name.startswith('.')
-        match = pattern.fullmatch(path.name)
+        for member in tqdm(
+            tar, f'index of {kind}', disable=kind == 'class', mininterval=5, file=sys.stdout
+        ):
+            path = PurePosixPath(member.name)
+            skip = member.isdir() or path.name.startswith('.')
+            refuse(
+                (
+                    not (member.isfile() or member.isdir())
+                    or member.issparse()
+                    or path.is_absolute()
+                    or '..' in path.parts
+                    or '\\' in member.name,
+                    f'{name} has a member {member.name!r} that is not a regular file inside it; '
+                    'the official archive has none: download it again',
+                ),
+                (
+                    not skip and not re.fullmatch(pattern, path.name),
+                    f'{name} has a member {member.name!r}, expected only {expected}',
+                ),
+                (
+                    not skip and path.stem in files,
+                    f'{name} has {path.stem!r} twice; download it again',
+                ),
+            )
+            if not skip:
+                files[path.stem] = member
+        # tarfile accepts an archive that was cut between two members; a complete one ends in zeros
+        tar.fileobj.seek(tar.offset)
         refuse(
             (
-                outside or member.issparse() or not (member.isfile() or member.isdir()),
-                f'{name} has a member {member.name!r} that is not a regular file inside it; '
-                'the official archive has none: download it again',
+                tar.fileobj.read(512) != bytes(512),
+                f'{name} is cut off or damaged at byte {tar.offset}; download it again',
             ),
-            (
-                not skip and not match,
-                f'{name} has a member {member.name!r}, expected only {expected}',
-            ),
-            (
-                not skip and path.stem in stems,
-                f'{name} has {path.stem!r} twice; download it again',
-            ),
+            (not files, f'{name} has no {expected}; download it again'),
         )
-        if not skip:
-            stems.add(path.stem)
-            yield member, match
-    # tarfile accepts an archive that was cut between two members; a complete one ends in zeros.
-    tar.fileobj.seek(tar.offset)
-    refuse(
-        (
-            tar.fileobj.read(512) != bytes(512),
-            f'{name} is cut off or damaged at byte {tar.offset}; download it again',
-        )
-    )
+    return files
 
 
-# Write ``member`` to ``path`` unless an earlier run has completed it.
-def _unpack(tar, member, path):
-    with as_user_error(f'cannot write {path} (fix this and run the same command)', OSError):
-        if not os.path.exists(path) or os.path.getsize(path) != member.size:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with tar.extractfile(member) as source, open(path, 'wb') as target:
-                shutil.copyfileobj(source, target)
-
-
-# ---- train: a tar of 1,000 tars ----
-
-
-def index_train(path: str) -> dict[str, tarfile.TarInfo]:
-    """Return the class archives in the training archive at ``path``, by WNID."""
-    with _open_tar(path) as tar:
-        files = _list_files(
-            tar,
-            path,
-            CLASS_ARCHIVE,
-            'class archives (n01440764.tar ...) as in ILSVRC2012_img_train.tar for --train_tar',
-        )
-        return {match[1]: member for member, match in files}
-
-
-# Unpack the classes that ``folder`` does not have yet; each appears once it is complete.
-def _unpack_train(path, classes, folder):
-    with _open_tar(path) as outer:
-        for wnid, archive in tqdm(classes.items(), 'train', mininterval=5, file=sys.stdout):
-            name, target = f'{archive.name} in {path}', os.path.join(folder, wnid)
-            if os.path.isdir(target):
-                continue
-            with outer.extractfile(archive) as inner, _open_tar(name, inner) as tar:
-                for member, match in _list_files(tar, name, TRAIN_IMAGE, 'JPEG images'):
-                    _unpack(tar, member, os.path.join(f'{target}.part', match[0]))
-            refuse(
-                (
-                    not os.path.isdir(f'{target}.part'),
-                    f'{name} has no images; download it again',
-                )
-            )
-            os.rename(f'{target}.part', target)
-
-
-# ---- val: a tar of 50,000 images, whose labels are in another file ----
-
-
-# Yield (member, 'WNID/FILE') for each image in the validation archive at ``path``. ``labels``,
-# from the file ``source``, are WNIDs by number of the image.
-def _index_val(path, labels, source):
-    with _open_tar(path) as tar:
-        files = _list_files(
-            tar,
-            path,
-            VAL_IMAGE,
-            'images (ILSVRC2012_val_00000001.JPEG ...) as in ILSVRC2012_img_val.tar for --val_tar',
-        )
-        for member, match in tqdm(files, 'index of val', mininterval=5, file=sys.stdout):
-            refuse(
-                (
-                    int(match[1]) not in labels,
-                    f'{source} has no label for {match[0]}, only for {len(labels)} images; '
-                    'give the complete list',
-                )
-            )
-            yield member, os.path.join(labels[int(match[1])], match[0])
-
-
-# Unpack the images that ``folder`` does not have yet.
-def _unpack_val(path, images, folder):
-    wanted = {Path(folder, p) for _, image in images for p in (image, os.path.dirname(image))}
+# Unpack an archive's ``members`` to their paths in ``folder``, unless an earlier run has completed
+# them. ``file``: see index.
+def _unpack(name, members, folder, file=None):
     # a run with other labels put images into other classes
-    if not wanted.issuperset(Path(folder).rglob('*')):
+    if not members.keys() >= set(folder.glob('*/*')):
         shutil.rmtree(folder)
-    with _open_tar(path) as tar:
-        for member, image in tqdm(images, 'val', mininterval=5, file=sys.stdout):
-            _unpack(tar, member, os.path.join(folder, image))
+    with tarfile.open(name, 'r:', file) as tar:
+        for path, member in tqdm(
+            members.items(), 'val', disable=bool(file), mininterval=5, file=sys.stdout
+        ):
+            with as_user_error(f'cannot write {path} (fix this and run the same command)', OSError):
+                if not path.exists() or path.stat().st_size != member.size:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with tar.extractfile(member) as source, open(path, 'wb') as target:
+                        shutil.copyfileobj(source, target)
+
+
+# Unpack the class archives in the archive ``name``. A class appears once it is complete.
+def _unpack_train(name, archives, folder):
+    with tarfile.open(name, 'r:') as tar:
+        for wnid, archive in tqdm(archives.items(), 'train', mininterval=5, file=sys.stdout):
+            if not (folder / wnid).is_dir():
+                part = folder / f'{wnid}.part'
+                images = index(f'{archive.name} in {name}', 'class', tar.extractfile(archive))
+                _unpack(
+                    None,
+                    {part / PurePosixPath(image.name).name: image for image in images.values()},
+                    part,
+                    tar.extractfile(archive),
+                )
+                part.rename(folder / wnid)
+
+
+# ---- the labels of val, which are in another file ----
 
 
 def read_list(path: str, classes: set[str]) -> dict[int, str]:
@@ -195,27 +168,19 @@ def read_list(path: str, classes: set[str]) -> dict[int, str]:
     Raises:
         UserError: if the file cannot be read, or a line has another form.
     """
-    refuse(
-        (
-            not os.path.isfile(path) or os.path.getsize(path) > LARGEST_LIST,
-            f'--val_labels {path} is not a file of at most {LARGEST_LIST:,} bytes',
-        )
-    )
     with as_user_error(f'--val_labels {path} cannot be read', OSError, UnicodeDecodeError):
-        lines = Path(path).read_text('utf-8-sig').rstrip().split('\n')
+        text = _file('--val_labels', path, LARGEST_LIST).read_text('utf-8-sig')
     wnids, labels = sorted(classes), {}
-    for i, line in enumerate(lines, 1):
+    for i, line in enumerate(text.rstrip().split('\n'), 1):
         place = f'--val_labels {path}, line {i}'
-        match = LABEL_LINE.fullmatch(line.strip())
+        match = re.fullmatch(rf'(?:{VAL_IMAGE}\s+)?({WNID}|(?<=\s)[0-9]{{1,9}})', line.strip())
+        number, label = (int(match[1] or i), match[2]) if match else (i, '')
         refuse(
             (
                 not match,
                 f"{place}: {line[:60]!r} is not 'IMAGE WNID', 'IMAGE INDEX' or 'WNID'; fix it "
                 "(for the devkit's list of bare numbers, pass --devkit)",
-            )
-        )
-        number, label = int(match[1] or i), match[2]
-        refuse(
+            ),
             (
                 label.isdigit() and int(label) >= len(wnids),
                 f'{place}: index {label} is out of range for the {len(wnids)} classes of '
@@ -232,32 +197,30 @@ def read_devkit(path: str) -> dict[int, str]:
 
     Its meta.mat maps the numbers that it uses for the classes to WNIDs.
     """
-    with _open_tar(path, mode='r:*') as tar:
-        members = {os.path.basename(member.name): member for member in tar if member.isfile()}
-        for file in DEVKIT_FILES:
-            refuse(
-                (
-                    file not in members or members[file].size > LARGEST_LIST,
-                    f'--devkit {path}: {file} is missing or larger than {LARGEST_LIST:,} bytes; '
-                    'download ILSVRC2012_devkit_t12.tar.gz again',
-                )
-            )
-        meta, truth = (tar.extractfile(members[file]).read() for file in DEVKIT_FILES)
     with as_user_error(
         f'--devkit {path} needs SciPy: pip install scipy, or pass --val_labels instead', ImportError
     ):
         from scipy.io import loadmat  # only the devkit needs it, so it is not a requirement
-    try:
+    with (
+        # the parsers raise many types on a damaged file
+        as_user_error(f'--devkit {path} is damaged; download it again', Exception),
+        tarfile.open(_file('--devkit', path)) as tar,
+    ):
+        members = {
+            PurePosixPath(member.name).name: member
+            for member in tar
+            if member.isfile() and member.size <= LARGEST_LIST
+        }
+        meta, truth = (
+            tar.extractfile(members[file])
+            for file in ('meta.mat', 'ILSVRC2012_validation_ground_truth.txt')
+        )
         wnids = {
-            int(s['ILSVRC2012_ID']): WNID.fullmatch(str(s['WNID']))[0]
-            for s in loadmat(io.BytesIO(meta), squeeze_me=True)['synsets'].reshape(-1)
+            int(s['ILSVRC2012_ID']): re.fullmatch(WNID, str(s['WNID']))[0]
+            for s in loadmat(meta, squeeze_me=True)['synsets'].reshape(-1)
             if s['num_children'] == 0
         }
-        return {number: wnids[int(line)] for number, line in enumerate(truth.split(), 1)}
-    except Exception as e:  # the parser raises many types on a damaged file
-        raise UserError(
-            f'--devkit {path} is damaged ({type(e).__name__}: {str(e)[:80]!r}); download it again'
-        ) from e
+        return {number: wnids[int(line)] for number, line in enumerate(truth.read().split(), 1)}
 
 
 # ---- the output folder ----
@@ -265,41 +228,23 @@ def read_devkit(path: str) -> dict[int, str]:
 
 # Create ``folder`` and lock it; wait for another run that is working in it.
 def _lock_folder(folder):
-    os.makedirs(folder, exist_ok=True)
-    lock = FileLock(os.path.join(folder, '.prepare_imagenet.lock'))
-    with contextlib.suppress(Timeout):
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / '.prepare_imagenet.lock')
+    try:
         return lock.acquire(timeout=0)
-    print(f'Waiting for another run that is working in {folder}', flush=True)
-    return lock.acquire()
-
-
-# Return the class folders in ``folder``; none if there is no such folder.
-def _classes_in(folder):
-    return {path.name for path in Path(folder).glob('*') if path.is_dir()}
-
-
-def _check_counts(path, found, expected):
-    refuse(
-        (
-            found != expected,
-            f'{path} has {found}, expected {expected}; replace it, or pass --counts if '
-            'that is right',
-        )
-    )
+    except Timeout:
+        print(f'Waiting for another run that is working in {folder}', flush=True)
+        return lock.acquire()
 
 
 # Rename FOLDER.part to FOLDER after counting its images; count those of an existing FOLDER.
 def _finish(folder, expected):
-    counted = folder if os.path.exists(folder) else f'{folder}.part'
-    classes = _classes_in(counted)
-    images = sum(
-        TRAIN_IMAGE.fullmatch(file) is not None
-        for name in classes
-        for file in os.listdir(os.path.join(counted, name))
-    )
-    _check_counts(counted, f'{images} images in {len(classes)} classes', expected)
-    if counted != folder:
-        os.rename(counted, folder)
+    counted = folder if folder.exists() else Path(f'{folder}.part')
+    images = list(counted.glob('*/*.[jJ][pP]*[gG]'))
+    found = COUNT.format(len(images), len({path.parent for path in images}))
+    if found != expected:
+        raise UserError(WRONG_COUNT.format(counted, found, expected))
+    counted.rename(folder)
     print(f'{folder}: {expected}{" (was there already)" * (counted == folder)}')
 
 
@@ -352,40 +297,54 @@ def main(args: argparse.Namespace) -> None:
     ):
         if wrong:
             get_args_parser().error(message)
-    train, val = (os.path.join(args.output_dir, split) for split in ('train', 'val'))
-    in_classes = f'{args.counts[0]} classes'
-    in_train, in_val = (f'{images} images in {in_classes}' for images in args.counts[1:])
-    with as_user_error(f'--output_dir {args.output_dir}', OSError), _lock_folder(args.output_dir):
+    train, val = (Path(args.output_dir, split) for split in ('train', 'val'))
+    in_train, in_val = (COUNT.format(images, args.counts[0]) for images in args.counts[1:])
+    source = args.devkit or args.val_labels
+    with as_user_error(f'--output_dir {args.output_dir}', OSError), _lock_folder(train.parent):
         # Find everything that is wrong with archives and labels before unpacking for hours.
-        train_classes, val_classes = _classes_in(train), _classes_in(val)
-        train_source, val_source, archives, images = train, val, {}, []
-        if args.train_tar and not os.path.exists(train):
-            train_source, archives = args.train_tar, index_train(args.train_tar)
-            train_classes = set(archives)
-            _check_counts(args.train_tar, f'{len(archives)} classes', in_classes)
-        if args.val_tar and not os.path.exists(val):
-            val_source = args.devkit or args.val_labels
-            labels = (
-                read_devkit(val_source) if args.devkit else read_list(val_source, train_classes)
-            )
-            images = list(_index_val(args.val_tar, labels, val_source))
-            val_classes = {os.path.dirname(image) for _, image in images}
-            _check_counts(
-                args.val_tar, f'{len(images)} images in {len(val_classes)} classes', in_val
-            )
+        archives = index(args.train_tar, 'train') if args.train_tar and not train.exists() else {}
+        members = index(args.val_tar, 'val') if args.val_tar and not val.exists() else {}
+        train_classes = set(archives) or {path.name for path in train.glob('n????????')}
+        labels = {}
+        if members:
+            labels = read_devkit(source) if args.devkit else read_list(source, train_classes)
+        unlabeled = [m.name for stem, m in members.items() if int(stem[-8:]) not in labels]
+        images = {
+            Path(f'{val}.part', labels.get(int(stem[-8:]), ''), PurePosixPath(m.name).name): m
+            for stem, m in members.items()
+        }
+        val_classes = {path.parent.name for path in images or val.glob('n????????/*')}
         refuse(
             (
+                archives and len(archives) != args.counts[0],
+                WRONG_COUNT.format(
+                    args.train_tar, f'{len(archives)} classes', f'{args.counts[0]} classes'
+                ),
+            ),
+            (
+                unlabeled,
+                f'{source} has no label for {"".join(unlabeled[:1])}, only for {len(labels)} '
+                'images; give the complete list',
+            ),
+            (
+                images and [len(val_classes), len(images)] != args.counts[::2],
+                WRONG_COUNT.format(
+                    args.val_tar, COUNT.format(len(images), len(val_classes)), in_val
+                ),
+            ),
+            (
                 train_classes and val_classes and train_classes != val_classes,
-                f'{train_source} and {val_source} have different classes; replace one of them: '
-                f'only one has {min(train_classes ^ val_classes, default="")}',
-            )
+                f'{args.train_tar if archives else train} and {source if images else val} have '
+                'different classes; replace one of them: only one has '
+                f'{min(train_classes ^ val_classes, default="")}',
+            ),
         )
         for tar, unpack, found, folder, expected in (
             (args.train_tar, _unpack_train, archives, train, in_train),
-            (args.val_tar, _unpack_val, images, val, in_val),
+            (args.val_tar, _unpack, images, val, in_val),
         ):
             if found:
-                unpack(tar, found, f'{folder}.part')
+                unpack(tar, found, Path(f'{folder}.part'))
             if tar:
                 _finish(folder, expected)
 

@@ -11,10 +11,8 @@ resized to squares. Predictions are compared with the mask at its own size.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 
@@ -26,7 +24,6 @@ from util.arguments import (
     add_encoder_arguments,
     add_print_freq,
     check_checkpoint,
-    grid_size_of,
 )
 from util.cli import Parser, bounded, run
 from util.data.image_file import read_image
@@ -34,7 +31,6 @@ from util.data.loader import EpochSampler
 from util.datasets import BICUBIC, image_folder, normalize
 from util.errors import UserError, first_line, refuse
 from util.logs import MetricLogger
-from util.lr_sched import Schedule, adjust_learning_rate
 from util.runtime import start_runtime
 from util.seeding import seed_generators, seed_of, seeded
 
@@ -61,40 +57,47 @@ class ImagesAndMasks(torch.utils.data.Dataset):
     def __init__(
         self, data_path: str, split: str, input_size: int, num_classes: int, seed: int
     ) -> None:
+        self.num_classes, self.seed = num_classes, seed
         images, masks = (
             Path(image_folder(data_path, f'{kind}/{split}')) for kind in ('images', 'masks')
         )
-        paths = sorted(
-            p for p in images.rglob('*') if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS
+        self.pairs = sorted(
+            (path, masks / path.relative_to(images).with_suffix('.png'))
+            for path in images.rglob('*')
+            if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
         )
-        refuse((not paths, f'--data_path: there are no images in {images}'))
-        self.pairs = [(p, masks / p.relative_to(images).with_suffix('.png')) for p in paths]
-        for image, mask in self.pairs:
-            refuse((not mask.is_file(), f'--data_path: {mask} is missing, the mask of {image}'))
-        self.num_classes, self.seed, self.is_train = num_classes, seed, split == 'train'
-        self.augment = v2.Compose(
+        refuse(
+            (not self.pairs, f'--data_path: there are no images in {images}'),
+            *(
+                (not mask.is_file(), f'--data_path: {mask} is missing, the mask of {image}')
+                for image, mask in self.pairs
+            ),
+        )
+        self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(input_size, (0.25, 1.0), interpolation=BICUBIC),
                 v2.RandomHorizontalFlip(),
+                v2.ToPureTensor(),
             ]
+            if split == 'train'
+            # only the image is resized, because a mask that is no tv_tensor is left as it is
+            else [v2.ToPureTensor(), v2.Resize((input_size, input_size), interpolation=BICUBIC)]
         )
-        self.resize = v2.Resize((input_size, input_size), interpolation=BICUBIC)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        epoch, i = key
+        paths = self.pairs[key[1]]
         try:
-            image = v2.functional.pil_to_tensor(read_image(self.pairs[i][0]))
-            with Image.open(self.pairs[i][1]) as file:
-                mask = tv_tensors.Mask(np.array(file).astype(np.int64))
+            image = v2.functional.pil_to_tensor(read_image(paths[0]))
+            mask = v2.functional.pil_to_tensor(Image.open(paths[1])).long()
             largest = mask.where(mask != IGNORED, 0).max().item()
             refuse(
                 (
-                    mask.shape != image.shape[1:],
-                    f'the image is {list(image.shape[1:])}, the mask {list(mask.shape)}; a mask '
-                    'has the size of its image and one channel',
+                    mask.shape != (1, *image.shape[1:]),
+                    f'the image is {list(image.shape)}, the mask {list(mask.shape)}; a mask '
+                    'has the height and width of its image and one channel',
                 ),
                 (
                     largest >= self.num_classes,
@@ -102,14 +105,12 @@ class ImagesAndMasks(torch.utils.data.Dataset):
                 ),
             )
         except Exception as e:  # decoders raise many types
-            pair = '{} and its mask {}'.format(*self.pairs[i])
-            raise ValueError(f'{pair}: {first_line(e)}') from e
-        seed_generators('augment', self.seed, epoch, i)
-        image, mask = self.augment(image, mask) if self.is_train else (self.resize(image), mask)
-        return image, mask.as_subclass(torch.Tensor)
+            raise ValueError('{} and its mask {}: {}'.format(*paths, first_line(e))) from e
+        seed_generators('augment', self.seed, *key)
+        return self.transform(image, tv_tensors.Mask(mask[0]))
 
 
-class LinearSegmenter(nn.Module):
+class LinearSegmenter(torch.nn.Module):
     """Map normalized images [N, 3, S, S] to logits [N, num_classes, S, S].
 
     The head is that of linear probing, applied to every patch token. The encoder is frozen.
@@ -119,21 +120,19 @@ class LinearSegmenter(nn.Module):
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         with seeded('head', seed):
-            self.head = nn.Sequential(
-                nn.BatchNorm2d(encoder.embed_dim, affine=False),
-                nn.Conv2d(encoder.embed_dim, num_classes, 1),
+            self.head = torch.nn.Sequential(
+                torch.nn.BatchNorm2d(encoder.embed_dim, affine=False),
+                torch.nn.Conv2d(encoder.embed_dim, num_classes, 1),
+                torch.nn.Upsample(encoder.patch_embed.img_size, mode='bilinear'),
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        (features,) = self.encoder.forward_intermediates(
-            x, indices=1, norm=True, intermediates_only=True
-        )
-        return nn.functional.interpolate(self.head(features), size=x.shape[2:], mode='bilinear')
+        return self.head(self.encoder.get_intermediate_layers(x, reshape=True, norm=True)[0])
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: torch.nn.Module,
     loader: torch.utils.data.DataLoader,
     num_classes: int,
     device: torch.device,
@@ -145,72 +144,73 @@ def evaluate(
     mIoU is the mean over the classes that occur in a mask or a prediction.
 
     Args:
-        loader: yields images [N, 3, S, S] (uint8) and masks [N, H, W].
+        loader: yields images [N, 3, H, W] (uint8) and masks [N, H, W].
     """
     model.eval()
     # number of pixels by label and prediction
-    counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.float64)
     for images, masks in MetricLogger().log_every(loader, print_freq, 'Evaluation'):
-        masks = masks.to(device)
         with autocast(device, amp):
-            logits = model(normalize(images.to(device)))
-        predicted = nn.functional.interpolate(
-            logits.float(), size=masks.shape[1:], mode='bilinear'
-        ).argmax(1)
-        pairs = (masks * num_classes + predicted)[masks != IGNORED]
-        counts += pairs.bincount(minlength=len(counts))
-    counts = counts.double().reshape(num_classes, num_classes)
-    correct = counts.diag()
-    union = counts.sum(0) + counts.sum(1) - correct
+            logits = torch.nn.functional.interpolate(
+                model(normalize(images.to(device))).float(), masks.shape[1:], mode='bilinear'
+            )
+        pairs = (masks * num_classes + logits.argmax(1).cpu())[masks != IGNORED]
+        counts += pairs.bincount(minlength=num_classes**2).reshape_as(counts)
     # 0 / 0 is nan: a class that does not occur
-    return 100 * (correct / union).nanmean().item(), 100 * (correct.sum() / counts.sum()).item()
+    iou = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
+    return 100 * iou.nanmean().item(), 100 * (counts.trace() / counts.sum()).item()
 
 
 def get_args_parser() -> Parser:
     parser = Parser('python -m tools.segment', description=__doc__)
     add_encoder_arguments(parser, MODELS, pooling=False)
-    group = parser.add_argument_group('training')
-    group.add_argument(
-        '--batch_size', default=16, type=bounded(int, 1), metavar='N', help='images per step'
-    )
-    group.add_argument(
-        '--epochs',
-        default=10,
-        type=bounded(int, 1),
-        metavar='N',
-        help='number of epochs',
-    )
-    group.add_argument(
-        '--lr',
-        default=1e-3,
-        type=bounded(float, 0),
-        metavar='LR',
-        help='learning rate of AdamW; it falls to 0 along a half cosine',
-    )
-    group.add_argument(
-        '--weight_decay', default=0.01, type=bounded(float, 0), metavar='W', help='of AdamW'
-    )
+    group = parser.add_argument_group('training and data')
+    for flag, default, kind, metavar, text in (
+        ('--batch_size', 16, bounded(int, 1), 'N', 'images per step'),
+        ('--epochs', 10, bounded(int, 1), 'N', 'number of epochs'),
+        (
+            '--lr',
+            1e-3,
+            bounded(float, 0),
+            'LR',
+            'learning rate of AdamW; it falls to 0 along a half cosine',
+        ),
+        ('--weight_decay', 0.01, bounded(float, 0), 'W', 'of AdamW'),
+        (
+            '--data_path',
+            None,
+            str,
+            'DIR',
+            'folder with images/ and masks/, train/ and val/ in each',
+        ),
+        ('--num_workers', 8, bounded(int, 0), 'N', 'data-loader workers'),
+    ):
+        group.add_argument(flag, default=default, type=kind, metavar=metavar, help=text)
     add_print_freq(group)
     add_device_arguments(group)
-    group = parser.add_argument_group('data')
-    group.add_argument(
-        '--data_path', metavar='DIR', help='folder with images/ and masks/, train/ and val/ in each'
-    )
-    group.add_argument(
-        '--num_workers', default=8, type=bounded(int, 0), metavar='N', help='data-loader workers'
-    )
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    grid_size_of(args.model, MODELS[args.model], args.input_size)
     check_checkpoint('--finetune', args.finetune)
     runtime = start_runtime(
         device=args.device, amp=args.amp, seed=args.seed, num_workers=args.num_workers
     )
-    refuse((runtime.world_size > 1, 'tools.segment runs as one process; start it without torchrun'))
     if not args.finetune:
         print('No --finetune: the encoder has random weights')
+
+    # ---- model
+    model = LinearSegmenter(
+        build_encoder(
+            args.model,
+            input_size=args.input_size,
+            global_pool=False,
+            finetune=args.finetune,
+            seed=args.seed,
+        ),
+        args.nb_classes,
+        args.seed,
+    ).to(runtime.device)
 
     # ---- data
     train, val = (
@@ -218,75 +218,69 @@ def main(args: argparse.Namespace) -> None:
         for split in ('train', 'val')
     )
     refuse(
+        (runtime.world_size > 1, 'tools.segment runs as one process; start it without torchrun'),
         (
             len(train) < args.batch_size,
             f'--batch_size {args.batch_size}: there are only {len(train)} training images',
+        ),
+    )
+    loader, loader_val = (
+        torch.utils.data.DataLoader(
+            dataset, num_workers=runtime.num_workers, pin_memory=runtime.pin_mem, **options
+        )
+        for dataset, options in (
+            (
+                train,
+                {
+                    'batch_size': args.batch_size,
+                    'sampler': EpochSampler(train, 1, 0, seed=seed_of('order', args.seed) % 2**32),
+                    'drop_last': True,
+                },
+            ),
+            # one image at a time, because the masks differ in size
+            (val, {'sampler': [(0, i) for i in range(len(val))]}),
         )
     )
-    options = {'num_workers': runtime.num_workers, 'pin_memory': runtime.pin_mem}
-    loader = torch.utils.data.DataLoader(
-        train,
-        args.batch_size,
-        sampler=EpochSampler(train, 1, 0, seed=seed_of('order', args.seed) % 2**32),
-        drop_last=True,
-        **options,
-    )
-    # one image at a time, because the masks differ in size
-    loader_val = torch.utils.data.DataLoader(
-        val, sampler=[(0, i) for i in range(len(val))], **options
-    )
 
-    # ---- model
-    encoder = build_encoder(
-        args.model,
-        input_size=args.input_size,
-        global_pool=False,
-        finetune=args.finetune,
-        seed=args.seed,
-    )
-    model = LinearSegmenter(encoder, args.nb_classes, args.seed).to(runtime.device)
+    # ---- training loop
     optimizer = torch.optim.AdamW(
         model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay
     )
-    schedule = Schedule(args.lr, min_lr=0.0, warmup_epochs=0, epochs=args.epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
     scaler = NativeScalerWithGradNormCount(enabled=runtime.amp == 'fp16', device=runtime.device)
-
-    # ---- training loop
     try:
         for epoch in range(args.epochs):
-            model.train()
             loader.sampler.set_epoch(epoch)
             log = MetricLogger()
-            for step, (images, masks) in enumerate(
-                log.log_every(loader, args.print_freq, f'Epoch [{epoch}]', args.batch_size)
+            for images, masks in log.log_every(
+                loader, args.print_freq, f'Epoch [{epoch}]', args.batch_size
             ):
-                adjust_learning_rate(optimizer, epoch + step / len(loader), schedule)
                 with autocast(runtime.device, runtime.amp):
-                    loss = nn.functional.cross_entropy(
+                    loss = torch.nn.functional.cross_entropy(
                         model(normalize(images.to(runtime.device))),
                         masks.to(runtime.device),
                         ignore_index=IGNORED,
                     )
                 optimizer.zero_grad()
                 scaler(loss, optimizer)
-                if log.due:
-                    log.update(loss=loss.item())
-            refuse(
-                (
-                    scaler.skipped >= len(loader),
+                schedule.step()
+                log.update(loss=loss.item() if log.due else None)
+            if scaler.skipped >= len(loader):
+                raise UserError(
                     f'all steps of epoch {epoch} had NaN or Inf gradients; lower --lr {args.lr}, '
-                    'or use --amp fp32',
+                    'or use --amp fp32'
                 )
+        print(
+            'mIoU {:.2f} %, pixel accuracy {:.2f} % ({} images, {} classes)'.format(
+                *evaluate(
+                    model, loader_val, args.nb_classes, runtime.device, runtime.amp, args.print_freq
+                ),
+                len(val),
+                args.nb_classes,
             )
-        miou, accuracy = evaluate(
-            model, loader_val, args.nb_classes, runtime.device, runtime.amp, args.print_freq
         )
     except ValueError as e:  # from a loader worker it comes with a traceback as its text
         raise UserError(str(e).strip().splitlines()[-1].removeprefix('ValueError: ')) from e
-    print(
-        f'mIoU {miou:.2f} %, pixel accuracy {accuracy:.2f} % '
-        f'({len(val)} images, {args.nb_classes} classes)'
-    )
 
 
 if __name__ == '__main__':

@@ -18,7 +18,6 @@ def download(
     sha256: str | None = None,
     attempts: int = 5,
     pause: float = 2.0,
-    timeout: float = 30.0,
     limit: int = 1 << 34,
 ) -> str:
     """Download ``url`` to ``path`` unless the complete file is already there.
@@ -33,7 +32,6 @@ def download(
             already there is checked as well.
         attempts: number of connections to try.
         pause: seconds between attempts.
-        timeout: seconds without data after which a connection is given up.
         limit: maximum size in bytes; a larger file cannot be the right one.
 
     Returns:
@@ -54,11 +52,14 @@ def download(
             print(f'{path} has a wrong SHA-256 and is downloaded again')
         for attempt in range(1, attempts + 1):
             try:
-                _fetch(url, part, timeout, limit)
+                _fetch(url, part, limit)
                 break
             except (OSError, http.client.HTTPException, ValueError) as e:
-                permanent = isinstance(e, PermissionError | ValueError)
-                if permanent or attempt == attempts or 300 <= getattr(e, 'code', 0) < 500:
+                if (
+                    isinstance(e, PermissionError | ValueError)
+                    or attempt == attempts
+                    or 300 <= getattr(e, 'code', 0) < 500
+                ):
                     raise OSError(
                         f'download of {url} failed: {e}; save the file as {path} by other means'
                     ) from e
@@ -89,32 +90,44 @@ class _Secure(urllib.request.BaseHandler):
         if parts.scheme != 'https' and not (parts.scheme == 'http' and local):
             raise PermissionError(f'{request.full_url[:200]} is not https')
 
+    # Status 416: nothing is left to send, or our part is longer than the file. _fetch decides.
+    def http_error_416(
+        self, request: urllib.request.Request, response: http.client.HTTPResponse, *details: object
+    ) -> http.client.HTTPResponse:
+        return response
+
 
 # Complete the file ``part``. PermissionError: a failure that is permanent; ConnectionError: the
 # connection ended early.
-def _fetch(url, part, timeout, limit):
+def _fetch(url, part, limit):
     size = os.path.getsize(part) if os.path.exists(part) else 0
-    start = f'bytes {size}-'
-    headers = {'Range': f'bytes={size}-', 'User-Agent': 'milan'}
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        response = urllib.request.build_opener(_Secure).open(request, timeout=timeout)
-    except urllib.error.HTTPError as e:
-        if e.code != 416:  # 416: nothing is left to send, or ``part`` is longer than the file
-            raise
-        response = e
-    with response:
-        sent = response.headers.get('Content-Range', start)
+    request = urllib.request.Request(
+        url, headers={'Range': f'bytes={size}-', 'User-Agent': 'milan'}
+    )
+    # the timeout is for a connection that sends nothing
+    with urllib.request.build_opener(_Secure).open(request, timeout=30) as response:
+        sent = response.headers.get('Content-Range', f'bytes {size}-')
         if response.status == 416 and sent == f'bytes */{size}':
             return
-        if response.status == 416 or response.status == 206 and not sent.startswith(start):
+        if (
+            response.status == 416
+            or response.status == 206
+            and not sent.startswith(f'bytes {size}-')
+        ):
             os.remove(part)
             raise ConnectionError('the partial file is not part of this file and was deleted')
         size = size if response.status == 206 else 0  # else the server sends the whole file
         total = None if response.length is None else size + response.length
-        name = os.path.basename(part).removesuffix('.part')
-        bar = tqdm(total=total, initial=size, unit='B', unit_scale=True, desc=name)
-        with bar, open(part, 'ab' if size else 'wb') as f:
+        with (
+            open(part, 'ab' if size else 'wb') as f,
+            tqdm(
+                total=total,
+                initial=size,
+                unit='B',
+                unit_scale=True,
+                desc=os.path.basename(part).removesuffix('.part'),
+            ) as bar,
+        ):
             while (total or f.tell()) <= limit and (chunk := response.read(CHUNK)):
                 bar.update(f.write(chunk))
             size = f.tell()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import models_vit
-from tests.helpers import ok, one_error_line, script
+from tests.helpers import ok, one_error_line, script, torchrun
 from tools import segment
 from util.datasets import normalize
 
@@ -105,8 +105,8 @@ def damage(root, kind):
     [
         ('class', 0, ['masks/train/a/0.png', 'class 7', '--nb_classes 2']),
         ('bytes', 0, ['images/train/a/3.jpg']),
-        ('size', 0, ['masks/val/a/0.png', '[60, 90]', '[9, 9]']),
-        ('channels', 0, ['masks/val/a/0.png', '[60, 90, 3]']),
+        ('size', 0, ['masks/val/a/0.png', '[3, 60, 90]', '[1, 9, 9]']),
+        ('channels', 0, ['masks/val/a/0.png', '[3, 60, 90], the mask [3, 60, 90]']),
         ('missing', 0, ['--data_path', 'masks/val/a/2.png']),
         # PyTorch takes 5 s to end a loader worker after an error
         pytest.param('class', 1, ['masks/train/a/0.png', 'class 7'], marks=pytest.mark.slow),
@@ -133,10 +133,6 @@ def test_wrong_flags(wrong, words, flags):
     one_error_line(tool(*flags, *wrong), *words)
 
 
-class TwoProcesses:
-    device, amp, world_size = torch.device('cpu'), 'fp32', 2
-
-
-def test_several_processes_are_rejected(flags, monkeypatch):
-    monkeypatch.setattr(segment, 'start_runtime', lambda **kwargs: TwoProcesses)
-    one_error_line(tool(*flags), 'torchrun')
+@pytest.mark.slow
+def test_several_processes_are_rejected(flags):
+    one_error_line(tool(*flags, launcher=torchrun(2)), 'torchrun')

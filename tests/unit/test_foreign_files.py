@@ -110,14 +110,14 @@ def test_lists_of_labels_that_are_too_large(tmp_path):
     assert (tmp_path / 'devkit.tar.gz').stat().st_size < 10_000
     refused(prepare_imagenet.read_devkit, tmp_path / 'devkit.tar.gz', match=TRUTH)
     (tmp_path / 'labels.txt').write_bytes(bytes(5_000_000))
-    refused(prepare_imagenet.read_list, tmp_path / 'labels.txt', None)
+    refused(prepare_imagenet.read_list, tmp_path / 'labels.txt', set())
 
 
 def test_pipes_and_devices_are_refused(tmp_path):
     os.mkfifo(tmp_path / 'pipe')
     for path in (tmp_path / 'pipe', '/dev/zero', tmp_path):
-        refused(prepare_imagenet.read_list, path, None)
-        refused(prepare_imagenet.index_train, path)
+        refused(prepare_imagenet.read_list, path, set())
+        refused(prepare_imagenet.index, path, 'train')
         refused(prepare_imagenet.read_devkit, path)
 
 
