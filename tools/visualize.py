@@ -30,11 +30,9 @@ from util.checkpoints.io import difference, read_weights
 from util.cli import Parser, bounded, run
 from util.data.image_file import ImageFile, UnreadableImage
 from util.datasets import build_transform, normalize
-from util.errors import as_user_error, refuse
+from util.errors import UserError, as_user_error, refuse
 from util.masking import count_visible
 from util.runtime import choose_device
-
-TEACHER_FLAGS = 'clip_path', 'teacher', 'teacher_path', *LEGACY_TEACHERS
 
 # The flags of main_pretrain.py that model and teacher depend on, with their defaults.
 DEFAULTS = {
@@ -88,10 +86,10 @@ def resolve_settings(given: dict[str, object], checkpoint: dict) -> argparse.Nam
     # naming a teacher implies --use_clip
     saved['use_clip'] = any(map(saved.get, ('use_clip', 'teacher', *LEGACY_TEACHERS)))
     # a given teacher replaces the checkpoint's
-    replaced = TEACHER_FLAGS if given.keys() & {'clip_path', 'teacher'} else ()
-    return argparse.Namespace(
-        **{**DEFAULTS, **{k: v for k, v in saved.items() if k not in replaced}, **given}
-    )
+    if given.keys() & {'clip_path', 'teacher'}:
+        names = 'clip_path', 'teacher', 'teacher_path', *LEGACY_TEACHERS
+        saved |= {name: DEFAULTS[name] for name in names}
+    return argparse.Namespace(**{**DEFAULTS, **saved, **given})
 
 
 def build_model(
@@ -109,14 +107,12 @@ def build_model(
         UserError: if the tensors do not fit the settings or are not finite.
     """
     whole, name = 'decoder_pred.weight' in state_dict, settings.model
-    refuse(
-        (
-            whole and name not in MODELS,
+    if whole and name not in MODELS:
+        raise UserError(
             f'{context}: {f"unknown model {name}" if name else "model not recorded"}; give --model '
             'and, as in training, --use_clip, --change_decoder, --attn_mask, --norm_pix_loss; '
-            f'models: {", ".join(MODELS)}',
+            f'models: {", ".join(MODELS)}'
         )
-    )
     problem = (
         f'{context} does not fit --model {name} and the other settings'
         if whole
@@ -186,15 +182,12 @@ def open_teacher(
         model_name=settings.model or 'the encoder',
         device=device,
     )
-    refuse(
-        (
-            model.decoder_blocks
-            and model.use_clip
-            and teacher.dim != model.decoder_pred.out_features,
+    predicted = model.decoder_pred.out_features
+    if model.decoder_blocks and model.use_clip and teacher.dim != predicted:
+        raise UserError(
             f'the teacher {spec.name} has tokens of size {teacher.dim} and the model predicts '
-            f'size {model.decoder_pred.out_features}; name the teacher that it was trained with',
+            f'size {predicted}; name the teacher that it was trained with'
         )
-    )
     return teacher, spec.text_tower
 
 
@@ -347,12 +340,8 @@ def main(args: argparse.Namespace) -> None:
     settings = resolve_settings(given, checkpoint)
     model = build_model(settings, state_dict, f'checkpoint {args.checkpoint}').to(device)
     patches, ratio = model.patch_embed, settings.mask_ratio
-    refuse(
-        (
-            count_visible(patches.num_patches, ratio) < 1,
-            f'--mask_ratio {ratio} masks all of the {patches.num_patches} patches',
-        )
-    )
+    if count_visible(patches.num_patches, ratio) < 1:
+        raise UserError(f'--mask_ratio {ratio} masks all of the {patches.num_patches} patches')
     images = [read_image(path, patches.img_size[0]).to(device) for path in args.images]
     teacher, text_tower = open_teacher(settings, given, model, device)
     encoded = read_texts('--text', args.text, text_tower) if args.text else None

@@ -16,6 +16,7 @@ from tools.demo.draw import CLASSES, demo_parser
 from tools.demo.train_clip import PROMPT, load_split
 from util import cli, datasets, errors, masking, panels
 from util.checkpoints.io import read_weights
+from util.data.image_file import ImageFile
 
 
 # The cells of panels.draw_grid for rows of (label, pictures, text below each picture).
@@ -27,17 +28,12 @@ def _cells(rows, titles):
     }
 
 
-# The numbers and pixels, uint8 [N, 3, SIZE, SIZE], of the first validation image of each class.
-def _first_images(out, names):
-    ids = torch.tensor([list(CLASSES).index(name) for name in names])  # the classes alternate
-    return ids, load_split(out, 'val')[0][ids]
-
-
 # figure.png: a column per validation image, each of another class.
 @torch.no_grad()
 def _draw_masks(out, teacher):
     names = ['bricked', 'checkered', 'gridded', 'plain', 'striped']
-    ids, images = _first_images(out, names)
+    ids = torch.tensor([list(CLASSES).index(name) for name in names])  # the first of each class
+    images = load_split(out, 'val')[0][ids]
     _, importance = teacher(datasets.normalize(images))
     length = importance.shape[1]
     first, second, third = (masking.sample_noise(0, draw, ids, length) for draw in range(3))
@@ -61,8 +57,10 @@ def _draw_text_query(out, teacher, clip_path):
     model = MODELS[flags.model](img_size=flags.input_size, target_dim=teacher.dim, **method)
     model.load_state_dict(weights)
     texts = [PROMPT.format(name) for name in ('striped', 'bricked', 'ringed', 'plain')]
-    _, images = _first_images(out, ['striped', 'bricked'])
-    outputs = panels.run_model(model, teacher, datasets.normalize(images), flags.mask_ratio)
+    files = [min((out / 'data' / 'val' / name).iterdir()) for name in ('striped', 'bricked')]
+    transform = datasets.build_transform(False, flags.input_size)  # as tools.visualize sees them
+    images = datasets.normalize(torch.stack([transform(ImageFile(file)) for file in files]))
+    outputs = panels.run_model(model, teacher, images, flags.mask_ratio)
     maps, _ = panels.text_maps(outputs, *read_texts('--text', texts, clip_path))
     seen = {
         'teacher,\nall patches': outputs.pixels,
