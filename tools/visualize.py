@@ -10,6 +10,7 @@ settings are read from the checkpoint; flags override them.
 import argparse
 import os
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,11 +30,9 @@ from util.checkpoints.io import difference, read_weights
 from util.cli import Parser, bounded, run
 from util.data.image_file import ImageFile, UnreadableImage
 from util.datasets import build_transform, normalize
-from util.errors import as_user_error, refuse
+from util.errors import UserError, as_user_error, refuse
 from util.masking import count_visible
 from util.runtime import choose_device
-
-TEACHER_FLAGS = 'clip_path', 'teacher', 'teacher_path', *LEGACY_TEACHERS
 
 # The flags of main_pretrain.py that model and teacher depend on, with their defaults.
 DEFAULTS = {
@@ -87,10 +86,10 @@ def resolve_settings(given: dict[str, object], checkpoint: dict) -> argparse.Nam
     # naming a teacher implies --use_clip
     saved['use_clip'] = any(map(saved.get, ('use_clip', 'teacher', *LEGACY_TEACHERS)))
     # a given teacher replaces the checkpoint's
-    replaced = TEACHER_FLAGS if given.keys() & {'clip_path', 'teacher'} else ()
-    return argparse.Namespace(
-        **{**DEFAULTS, **{k: v for k, v in saved.items() if k not in replaced}, **given}
-    )
+    if given.keys() & {'clip_path', 'teacher'}:
+        names = 'clip_path', 'teacher', 'teacher_path', *LEGACY_TEACHERS
+        saved |= {name: DEFAULTS[name] for name in names}
+    return argparse.Namespace(**{**DEFAULTS, **saved, **given})
 
 
 def build_model(
@@ -108,14 +107,12 @@ def build_model(
         UserError: if the tensors do not fit the settings or are not finite.
     """
     whole, name = 'decoder_pred.weight' in state_dict, settings.model
-    refuse(
-        (
-            whole and name not in MODELS,
+    if whole and name not in MODELS:
+        raise UserError(
             f'{context}: {f"unknown model {name}" if name else "model not recorded"}; give --model '
             'and, as in training, --use_clip, --change_decoder, --attn_mask, --norm_pix_loss; '
-            f'models: {", ".join(MODELS)}',
+            f'models: {", ".join(MODELS)}'
         )
-    )
     problem = (
         f'{context} does not fit --model {name} and the other settings'
         if whole
@@ -185,15 +182,12 @@ def open_teacher(
         model_name=settings.model or 'the encoder',
         device=device,
     )
-    refuse(
-        (
-            model.decoder_blocks
-            and model.use_clip
-            and teacher.dim != model.decoder_pred.out_features,
+    predicted = model.decoder_pred.out_features
+    if model.decoder_blocks and model.use_clip and teacher.dim != predicted:
+        raise UserError(
             f'the teacher {spec.name} has tokens of size {teacher.dim} and the model predicts '
-            f'size {model.decoder_pred.out_features}; name the teacher that it was trained with',
+            f'size {predicted}; name the teacher that it was trained with'
         )
-    )
     return teacher, spec.text_tower
 
 
@@ -228,8 +222,6 @@ def draw_figure(
     Raises:
         UserError: if matplotlib is not installed.
     """
-    with as_user_error('figures need matplotlib: pip install matplotlib', ImportError):
-        from matplotlib import cm, colors, figure
     drawn = panels.draw_panels(out)
     columns = min(max(len(drawn), 1 + len(texts)), 4)
     titles = TITLES | {'reconstruction': TITLES['norm_pix_loss']} if norm_pix_loss else TITLES
@@ -252,19 +244,10 @@ def draw_figure(
             cells[row, 1 + k % (columns - 1)] = pixels[k, 0], above, f'whole image: {score}', ''
             cells[row, 0] = seen[owner][0][0], '', '', seen[owner][1]
 
-    rows = max(cells)[0] + 1
-    fig = figure.Figure(figsize=(2.6 * columns + 0.8, 2.9 * rows), layout='constrained')
+    fig, axes = panels.draw_grid(cells, 2.6, 2.9, space=0.8)  # space for the color scale
     fig.suptitle(name, fontsize=12, parse_math=False)
-    axes = fig.subplots(
-        rows, columns, squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frame_on=False)
-    )
-    for place, (image, above, below, left) in cells.items():
-        axes[place].set_frame_on(True)
-        axes[place].imshow(image, interpolation='nearest')
-        # texts are not parsed as formulas
-        axes[place].set_title(above, fontsize=10, parse_math=False)
-        axes[place].set_xlabel(below, fontsize=9, parse_math=False)
-        axes[place].set_ylabel(left, fontsize=10, parse_math=False)
+    from matplotlib import cm, colors  # panels.draw_grid has found it
+
     for ax in axes[first_row:, -1]:  # the color scale of text maps, on the right
         color_map = colors.ListedColormap(panels.colors(np.linspace(0, 1, 256), 0, 1, scale) / 255)
         fig.colorbar(
@@ -279,76 +262,75 @@ def draw_figure(
 
 # ---- the command ----
 
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        'python -m tools.visualize', description=__doc__.split('\n\n')[0], allow_abbrev=False
-    )
-    parser.add_argument(
-        'checkpoint',
+FLAGS = {
+    'checkpoint': dict(
         metavar='CHECKPOINT',
         help='a pretraining checkpoint; from any other, only its encoder is shown',
-    )
-    parser.add_argument(
-        'images',
+    ),
+    'images': dict(
         nargs='+',
         metavar='IMAGE',
         help='images of any format and size; resized and cropped as in evaluation',
-    )
-    parser.add_argument(
-        '--text',
+    ),
+    '--text': dict(
         nargs='+',
         default=[],
         metavar='TEXT',
         help='draw how well each text describes the patches, including masked ones: a softmax '
         'over several texts, or for a single text its cosine minus the mean over the image',
-    )
-    parser.add_argument(
-        '--output_dir',
+    ),
+    '--output_dir': dict(
         default='./visualized',
         metavar='DIR',
         help='folder for NAME-visualized.png, one per image',
-    )
-    parser.add_argument(
-        '--seed',
+    ),
+    '--seed': dict(
         default=0,
         type=bounded(int, 0, 2**63 - 1),
         metavar='N',
         help='random seed of the masks',
-    )
-    parser.add_argument(
-        '--device', metavar='DEVICE', help='cuda or cpu; default: cuda if there is a GPU'
-    )
-
-    group = parser.add_argument_group('model settings (default: read from the checkpoint)')
-    group.add_argument('--model', choices=MODELS, metavar='NAME', help=', '.join(MODELS))
-    group.add_argument(
-        '--input_size', type=bounded(int, 1, 4096), metavar='PIXELS', help='pixels per side'
-    )
-    group.add_argument(
-        '--mask_ratio',
+    ),
+    '--device': dict(metavar='DEVICE', help='cuda or cpu; default: cuda if there is a GPU'),
+}
+SWITCHES = {
+    '--use_clip': "model predicts the teacher's features",
+    '--pixel_target': 'model predicts pixels but was masked by a teacher',
+    '--change_decoder': 'model has the prompting decoder',
+    '--attn_mask': 'predict from patches drawn by importance',
+    '--norm_pix_loss': 'model predicts pixels normalized per patch',
+}
+SETTINGS = {
+    '--model': dict(choices=MODELS, metavar='NAME', help=', '.join(MODELS)),
+    '--input_size': dict(type=bounded(int, 1, 4096), metavar='PIXELS', help='pixels per side'),
+    '--mask_ratio': dict(
         type=bounded(float, 0, 1, open_high=True),
         metavar='SHARE',
         help='share of masked patches',
+    ),
+    '--clip_path': dict(
+        metavar='FILE|NAME', help="the teacher, which also encodes --text; '': no teacher"
+    ),
+    '--teacher': dict(metavar='NAME', help='teacher instead of --clip_path'),
+    '--teacher_path': dict(metavar='FILE', help='weights of --teacher'),
+    '--teacher_norm': dict(
+        choices=['imagenet', 'own'], help="normalization of the teacher's input"
+    ),
+    **{
+        flag: dict(action=argparse.BooleanOptionalAction, help=text)
+        for flag, text in SWITCHES.items()
+    },
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        'python -m tools.visualize', description=__doc__.split('\n\n')[0], allow_abbrev=False
     )
-    group.add_argument(
-        '--clip_path',
-        metavar='FILE|NAME',
-        help="the teacher, which also encodes --text; '': no teacher",
-    )
-    group.add_argument('--teacher', metavar='NAME', help='teacher instead of --clip_path')
-    group.add_argument('--teacher_path', metavar='FILE', help='weights of --teacher')
-    group.add_argument(
-        '--teacher_norm', choices=['imagenet', 'own'], help="normalization of the teacher's input"
-    )
-    for name, text in (
-        ('use_clip', "model predicts the teacher's features"),
-        ('pixel_target', 'model predicts pixels but was masked by a teacher'),
-        ('change_decoder', 'model has the prompting decoder'),
-        ('attn_mask', 'predict from patches drawn by importance'),
-        ('norm_pix_loss', 'model predicts pixels normalized per patch'),
-    ):
-        group.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, help=text)
+    for flag, options in FLAGS.items():
+        parser.add_argument(flag, **options)
+    group = parser.add_argument_group('model settings (default: read from the checkpoint)')
+    for flag, options in SETTINGS.items():
+        group.add_argument(flag, **options)
     return parser
 
 
@@ -358,12 +340,8 @@ def main(args: argparse.Namespace) -> None:
     settings = resolve_settings(given, checkpoint)
     model = build_model(settings, state_dict, f'checkpoint {args.checkpoint}').to(device)
     patches, ratio = model.patch_embed, settings.mask_ratio
-    refuse(
-        (
-            count_visible(patches.num_patches, ratio) < 1,
-            f'--mask_ratio {ratio} masks all of the {patches.num_patches} patches',
-        )
-    )
+    if count_visible(patches.num_patches, ratio) < 1:
+        raise UserError(f'--mask_ratio {ratio} masks all of the {patches.num_patches} patches')
     images = [read_image(path, patches.img_size[0]).to(device) for path in args.images]
     teacher, text_tower = open_teacher(settings, given, model, device)
     encoded = read_texts('--text', args.text, text_tower) if args.text else None
@@ -378,15 +356,14 @@ def main(args: argparse.Namespace) -> None:
     }
     if any(missing.values()):
         print('Not drawn:', '; '.join(text for text, applies in missing.items() if applies))
-    names = [os.path.basename(path) for path in args.images]
-    stems = panels.number_repeats(
-        [f'{os.path.splitext(name)[0]}-visualized' for name in names], '-', str.lower
-    )
-    for path, image, name, stem in zip(args.images, images, names, stems):
+    stems = [f'{Path(path).stem}-visualized' for path in args.images]
+    stems = panels.number_repeats(stems, '-', str.lower)
+    for path, image, stem in zip(args.images, images, stems):
         out = panels.run_model(model, teacher, image, ratio, args.seed)
+        figure = draw_figure(out, Path(path).name, args.text, encoded, model.norm_pix_loss)
         file = os.path.join(args.output_dir, f'{stem}.png')
         with as_user_error(f'{file} could not be written', OSError):
-            draw_figure(out, name, args.text, encoded, model.norm_pix_loss).savefig(file, dpi=110)
+            figure.savefig(file, dpi=110)
         print(f'{path} -> {file}')
 
 

@@ -17,7 +17,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.tensorboard import SummaryWriter
 
 from util.datasets import DataConfig, SeededDataset, SeededStream, build_dataset, normalize
-from util.errors import UserError, refuse
+from util.errors import UserError, as_user_error
 from util.masking import count_visible, patch_order, sample_noise, take
 from util.seeding import seeded
 
@@ -32,7 +32,7 @@ DIVERGING = (38, 72, 165), (240, 240, 240), (170, 34, 40)
 def fixed_images(
     data: DataConfig, transform: Callable, dataset: SeededDataset | SeededStream, count: int = 4
 ) -> torch.Tensor:
-    """Return the images that --vis_every draws, spread over the validation set.
+    """Return the normalized images that --vis_every draws, spread over the validation set.
 
     Without a validation set, the images are from the training set. All processes call
     this function. The state of ``dataset`` and of the random generators is unchanged.
@@ -41,10 +41,7 @@ def fixed_images(
         data: where the images are.
         transform: the transform of evaluation, from an ImageFile to a tensor [3, H, W].
         dataset: the training set.
-        count: number of images. Fewer are returned if the dataset has fewer.
-
-    Returns:
-        Normalized images [count, 3, H, W].
+        count: number of images [count, 3, H, W]. A smaller dataset gives fewer.
 
     Raises:
         UserError: if no image can be read.
@@ -67,7 +64,8 @@ def fixed_images(
                 chain(spaced, filterfalse(spaced.__contains__, range(len(dataset)))),
             )
         images = list(islice((image for image, _, _, errors in dataset if not errors), count))
-    refuse((not images, f'--vis_every: no image in {data.data_path} can be read'))
+    if not images:
+        raise UserError(f'--vis_every: no image in {data.data_path} can be read')
     return normalize(torch.stack(images))
 
 
@@ -124,37 +122,33 @@ def run_model(
         images: [N, 3, H, W], normalized, on the device of the model.
         mask_ratio: share of masked patches.
         seed: seed of the masks. The mask of image n is a function of (seed, n).
-
-    Returns:
-        The outputs.
     """
     training, length = model.training, model.patch_embed.num_patches
     model.eval()
-    count, samples = count_visible(length, mask_ratio), torch.arange(len(images))
-    noise = sample_noise(seed, 0, samples.to(images.device), length)
+    noise = sample_noise(seed, 0, torch.arange(len(images), device=images.device), length)
     # forward() bypasses torch.compile, which has specialized on the training batch size
     tokens, importance = (None, None) if teacher is None else teacher.forward(images)
-    uniform, semantic = patch_order(noise), patch_order(noise, importance)
-    ids = semantic if model.attn_mask else uniform
-    orders = [x.argsort(dim=1) for x in (uniform, semantic, ids)]  # inverse permutations
-    masks = [x < count for x in orders]  # bool [N, L] in image order
+    orders = [patch_order(noise), patch_order(noise, importance)]  # uniform, semantic
+    ids, count = orders[model.attn_mask], count_visible(length, mask_ratio)
+    uniform, semantic, visible = (x.argsort(dim=1).cpu() < count for x in (*orders, ids))
 
     features = model.forward_encoder(images, ids.sort(dim=1).values)[:, 1:]  # all patches
     pred = reconstruction = None
     if len(model.decoder_blocks):
         pred = model.forward_decoder(model.forward_encoder(images, ids[:, :count]), ids)
-        pred = torch.cat([pred[:, :1], take(pred[:, 1:], orders[-1])], dim=1)
+        pred = torch.cat([pred[:, :1], take(pred[:, 1:], ids.argsort(dim=1))], dim=1)
         if not model.use_clip:
-            reconstruction, pred = reconstruct(model, images, pred[:, 1:], masks[-1]), None
+            shown = visible.to(images.device)
+            reconstruction, pred = reconstruct(model, images, pred[:, 1:], shown), None
     model.train(training)
     values = [x if x is None else x.float().cpu() for x in (features, importance, tokens, pred)]
-    return Outputs(to_pixels(images), *(mask.cpu() for mask in masks), *values, reconstruction)
+    return Outputs(to_pixels(images), uniform, semantic, visible, *values, reconstruction)
 
 
 def reconstruct(
     model: nn.Module, images: torch.Tensor, pred: torch.Tensor, visible: torch.Tensor
 ) -> np.ndarray:
-    """Return ``images`` with the masked patches replaced by their predicted pixels.
+    """Return uint8 images [N, H, W, 3] whose masked patches are the predicted pixels.
 
     With norm_pix_loss a prediction has no brightness and contrast of its own. It is given
     those of the true patch.
@@ -164,9 +158,6 @@ def reconstruct(
         images: [N, 3, H, W], normalized.
         pred: [N, L, p*p*3] in image order.
         visible: bool [N, L].
-
-    Returns:
-        uint8 [N, H, W, 3].
     """
     target = model.patchify(images)
     if model.norm_pix_loss:
@@ -229,8 +220,7 @@ def colors(
 
     Args:
         values: the numbers.
-        low: value at the lower end of the color scale.
-        high: value at the upper end of the color scale.
+        low, high: values at the ends of the color scale.
         scale: evenly spaced RGB colors to interpolate between.
     """
     place = np.nan_to_num((np.asarray(values, dtype=np.float64) - low) / max(high - low, 1e-12))
@@ -252,25 +242,49 @@ def pca_colors(features: torch.Tensor, like: torch.Tensor | None = None) -> np.n
     """Show the first three principal components of each image as red, green and blue.
 
     Args:
-        features: [N, L, D].
+        features: [N, L, D], for colors [N, L, 3].
         like: features [N, L', D] that determine components and value ranges, so that equal
             colors mean equal features. Default: ``features``.
-
-    Returns:
-        uint8 [N, L, 3].
     """
-    like = (features if like is None else like).double().nan_to_num()
+    features = features.double().nan_to_num()
+    like = features if like is None else like.double().nan_to_num()
     mean = like.mean(dim=1, keepdim=True)
     axes = torch.linalg.svd(like - mean, full_matrices=False).Vh[:, :3]
     # The sign of a component is arbitrary. Making its largest entry positive gives equal
     # features equal colors.
     axes = axes * axes.gather(2, axes.abs().argmax(dim=2, keepdim=True)).sign()
     axes = F.pad(axes, (0, 0, 0, 3 - axes.shape[1]))
-    features, like = [
-        (x - mean) @ axes.transpose(1, 2) for x in (features.double().nan_to_num(), like)
-    ]
+    features, like = ((x - mean) @ axes.transpose(1, 2) for x in (features, like))
     low, high = like.quantile(like.new_tensor([0.02, 0.98]), dim=1, keepdim=True)
     return _to_uint8((features - low) / (high - low).clamp_min(1e-9))
+
+
+def draw_grid(
+    cells: dict[tuple[int, int], tuple], width: float, height: float, space: float = 0
+) -> tuple[object, np.ndarray]:
+    """Draw pictures with texts around them: a matplotlib.figure.Figure, and its axes.
+
+    Args:
+        cells: {(row, column): (picture, text above, text below, text on the left)}.
+        width, height: of a cell, in inches.
+        space: more width, on the right.
+
+    Raises:
+        UserError: if matplotlib is not installed.
+    """
+    with as_user_error('figures need matplotlib: pip install matplotlib', ImportError):
+        from matplotlib.figure import Figure
+    rows, columns = (1 + max(indices) for indices in zip(*cells))
+    figure = Figure((width * columns + space, height * rows), layout='constrained')
+    empty = dict(xticks=[], yticks=[], frame_on=False)
+    axes = figure.subplots(rows, columns, squeeze=False, subplot_kw=empty)
+    for place, (picture, *texts) in cells.items():
+        ax = axes[place]
+        ax.set_frame_on(True)
+        ax.imshow(picture, interpolation='nearest')
+        for write, text in zip((ax.set_title, ax.set_xlabel, ax.set_ylabel), texts):
+            write(text, fontsize=10, parse_math=False)  # texts are not formulas
+    return figure, axes
 
 
 # ---- texts ----
@@ -292,26 +306,23 @@ def text_maps(
         the image. value_range: values at both ends of the color scale of
         all panels, and the scale.
     """
-    tokens, size = [x for x in (out.tokens, out.pred) if x is not None], out.pixels.shape[1]
+    size, tokens = out.pixels.shape[1], [x for x in (out.tokens, out.pred) if x is not None]
     scores = [text_scores(x, out.tokens, features, scale) for x in tokens]
     # one text: a quantile, because one outlier patch would make all others pale
     limits = [s[:, 1:].abs().quantile(0.98).item() for s in scores if len(features) == 1]
     value_range = (-max(limits), max(limits), DIVERGING) if limits else (0, 1, SEQUENTIAL)
     maps = [blocks(colors(s[:, 1:], *value_range), size) for s in scores]  # [N, H, W, K, 3]
     if out.pred is not None:
-        maps[1] = np.where(
-            blocks(out.visible[..., None, None], size), out.pixels[..., None, :], maps[1]
-        )
-    return {
-        owner: (np.moveaxis(m, 3, 0), s[:, 0])
-        for owner, m, s in zip(('teacher', 'model'), maps, scores)
-    }, value_range
+        shown = blocks(out.visible[..., None, None], size)
+        maps[1] = np.where(shown, out.pixels[..., None, :], maps[1])
+    pairs = [(np.moveaxis(m, 3, 0), s[:, 0]) for m, s in zip(maps, scores)]
+    return dict(zip(('teacher', 'model'), pairs)), value_range
 
 
 def text_scores(
     tokens: torch.Tensor, teacher_tokens: torch.Tensor, texts: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Return how well each text describes each token.
+    """Return how well each text describes each token: [N, L+1, K].
 
     Several texts are scored by a softmax over the texts, as in CLIP's zero-shot
     classification with CLIP's own ``scale``. The softmax removes whatever the texts have in
@@ -324,9 +335,6 @@ def text_scores(
         teacher_tokens: tokens of the teacher, [N, L+1, D].
         texts: text features [K, D] of norm 1.
         scale: CLIP's logit scale.
-
-    Returns:
-        [N, L+1, K]; in [0, 1] for several texts.
     """
     cosines = F.normalize(tokens, dim=-1) @ texts.t()
     mean = (F.normalize(teacher_tokens[:, 1:], dim=-1) @ texts.t()).mean(dim=1, keepdim=True)
@@ -351,7 +359,6 @@ def log_panels(
     """Write the panels of ``images`` to TensorBoard under vis/.
 
     Args:
-        log_writer: writes them.
         step: x position. After an epoch this is (epoch + 1) * 1000 - 1, the last position of
             the epoch, because a run that resumes at epoch + 1 purges (epoch + 1) * 1000 on.
         model: MaskedAutoencoderViT, not wrapped in DDP.
@@ -382,13 +389,7 @@ def tag_names(texts: Sequence[str]) -> list[str]:
 def number_repeats(
     names: Sequence[str], separator: str, key: Callable[[str], str] = str
 ) -> list[str]:
-    """Append a separator and 2, 3, ... to names that occurred before.
-
-    Args:
-        names: the names.
-        separator: text between a name and its number.
-        key: names with equal keys count as equal.
-    """
+    """Append a separator and 2, 3, ... to names whose ``key`` occurred before."""
     numbers, unique = ['', *(f'{separator}{k}' for k in range(2, len(names) + 1))], {}
     for name in names:
         name = next(name + n for n in numbers if key(name + n) not in unique)

@@ -10,11 +10,11 @@ color nor any single pixel reveals the class.
 import argparse
 import json
 import math
-import os
 import random
 import re
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
@@ -92,8 +92,7 @@ def _pattern_mask(name, period, angle, offset=(0, 0)):
 # Corners [n, 2] of a shape around the origin, at most ``radius`` away from it.
 def _outline(shape, radius):
     if shape == 'cross':
-        long, short = 0.93 * radius, 0.36 * radius
-        arm = np.array([[short, short], [short, long], [-short, long]])
+        arm = radius * np.array([[0.36, 0.36], [0.36, 0.93], [-0.36, 0.93]])
         return np.concatenate([arm @ _rotation(90 * k) for k in range(4)])
     corners, radii, start = {
         'square': (4, [radius], 45),
@@ -124,8 +123,8 @@ def _enlarge(values):
 def _draw_background(rng, kind, color):
     canvas, angle = Image.new('RGB', (CANVAS, CANVAS), color), rng.uniform(0, 360)
     if kind == 'noisy':
-        noise = np.random.default_rng(rng.getrandbits(64))
-        return _enlarge(color + noise.normal(0, 28, (SIZE, SIZE, 3)))
+        noise = np.random.default_rng(rng.getrandbits(64)).normal(0, 28, (SIZE, SIZE, 3))
+        return _enlarge(color + noise)
     if kind == 'shaded':
         points = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j].transpose(1, 2, 0)
         mask = _enlarge(255 * (points @ _rotation(angle)[0] / 3 + 0.5))
@@ -148,7 +147,7 @@ def _draw_specks(rng, canvas):
         else:
             angle, r = rng.uniform(0, 2 * math.pi), SCALE * rng.uniform(3, 6)
             end = x + r * math.cos(angle), y + r * math.sin(angle)
-            pen.line((x, y, *end), fill=color, width=SCALE)
+            pen.line([(x, y), end], fill=color, width=SCALE)
 
 
 def draw_image(seed: int, split: str, index: int) -> tuple[Image.Image, str, str]:
@@ -171,26 +170,30 @@ def draw_image(seed: int, split: str, index: int) -> tuple[Image.Image, str, str
     corners = SCALE * (_outline(shape, radius) @ _rotation(rng.uniform(-25, 25)) + center)
     ImageDraw.Draw(silhouette).polygon([tuple(c) for c in corners], fill=255)
     canvas.paste(COLORS[color], mask=silhouette)
-    period, angle = SCALE * rng.uniform(8, 10), rng.uniform(-20, 20)
-    marks = _pattern_mask(name, period, angle, [SCALE * c for c in center])
+    marks = _pattern_mask(
+        name,
+        period=SCALE * rng.uniform(8, 10),
+        angle=rng.uniform(-20, 20),
+        offset=[SCALE * c for c in center],
+    )
     canvas.paste(_shade(COLORS[color], 0.8), mask=ImageChops.multiply(silhouette, marks))
 
     # The caption always names the class. It mentions every other fact with a probability of 40 %.
     size = 'large' if radius > 24 else 'small' if radius < 20 else ''
     place = POSITIONS[int(3 * center[1] / SIZE)][int(3 * center[0] / SIZE)]
-    background = f'on a {ground if kind == "plain" else f"{ground} {kind}"} background'
-    facts = size, color, shape, place, background
+    background = ground if kind == 'plain' else f'{ground} {kind}'
+    facts = size, color, shape, place, f'on a {background} background'
     size, color, shape, *rest = (x if x and rng.random() < 0.4 else '' for x in facts)
     words = ' '.join(filter(None, ['a', size, color, name, shape or 'shape', *rest]))
     return canvas.reduce(SCALE), name, re.sub(r'\ba (?=[aeiou])', 'an ', words)
 
 
-# Draw and write one image; return its line of captions_SPLIT.jsonl as a dict.
-def _save_image(index, seed, split, output_dir):
+# Draw and write one image; return its line of captions_SPLIT.jsonl.
+def _save_image(index, seed, split, out):
     image, name, caption = draw_image(seed, split, index)
     file = f'{split}/{name}/{index:05d}.png'
-    image.save(os.path.join(output_dir, 'data', file))
-    return {'file': file, 'caption': caption, 'class': name}
+    image.save(out / 'data' / file)
+    return json.dumps({'file': file, 'caption': caption, 'class': name}) + '\n'
 
 
 # ---- command ----
@@ -206,7 +209,11 @@ def demo_parser(command: str, description: str, quick: str = '') -> argparse.Arg
     """
     parser = cli.Parser(f'python -m tools.demo.{command}', description=description)
     parser.add_argument(
-        '--output_dir', default='demo_output', metavar='DIR', help='folder of all files of the demo'
+        '--output_dir',
+        type=Path,
+        default='demo_output',
+        metavar='DIR',
+        help='folder of all files of the demo',
     )
     if quick:
         parser.add_argument(
@@ -227,14 +234,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 # Write data/SPLIT/CLASS/*.png and captions_SPLIT.jsonl for both splits.
 @errors.as_user_error('--output_dir cannot be written to', OSError)
 def main(args: argparse.Namespace) -> None:
-    out, tenth = args.output_dir, 10 if args.quick else 1
-    for split, count in (('train', 4500 // tenth), ('val', 640 // tenth)):
+    out = args.output_dir
+    for split, count in (('train', 4500), ('val', 640)):
+        count = count // 10 if args.quick else count
         for name in CLASSES:
-            os.makedirs(os.path.join(out, 'data', split, name), exist_ok=True)
-        save = partial(_save_image, seed=args.seed, split=split, output_dir=out)
+            (out / 'data' / split / name).mkdir(parents=True, exist_ok=True)
+        save = partial(_save_image, seed=args.seed, split=split, out=out)
         with ProcessPoolExecutor(2) as pool:
-            lines = [json.dumps(x) + '\n' for x in pool.map(save, range(count), chunksize=50)]
-        files.atomic_write_text(os.path.join(out, f'captions_{split}.jsonl'), ''.join(lines))
+            lines = ''.join(pool.map(save, range(count), chunksize=50))
+        files.atomic_write_text(out / f'captions_{split}.jsonl', lines)
         print(f'{count} images of {len(CLASSES)} classes in {out}/data/{split}')
 
 

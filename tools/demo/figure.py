@@ -5,8 +5,6 @@ python -m tools.demo.figure --output_dir demo_output
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,87 +13,65 @@ import clip
 from models_milan import MODELS
 from models_teacher import Teacher, read_texts
 from tools.demo.draw import CLASSES, demo_parser
-from tools.demo.train_clip import load_split, prompt
+from tools.demo.train_clip import PROMPT, load_split
 from util import cli, datasets, errors, masking, panels
 from util.checkpoints.io import read_weights
 from util.data.image_file import ImageFile
 
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    sys.exit('error: the figures need matplotlib; pip install matplotlib')
 
-MASK_RATIO = 0.75
-
-
-# A figure of pictures in rows: (label, pictures, text below each picture) each.
-def _draw_grid(rows, titles, width, height, **options):
-    figure = Figure((width * len(titles), height * len(rows)), **options)
-    axes = figure.subplots(len(rows), len(titles))
-    for line, (label, pictures, notes) in zip(axes, rows):
-        line[0].set_ylabel(label, fontsize=10)
-        for ax, panel, note in zip(line, pictures, notes):
-            ax.imshow(panel)
-            ax.set(xticks=[], yticks=[])
-            ax.set_xlabel(note, fontsize=9)
-    for ax, title in zip(axes[0], titles):
-        ax.set_title(title, fontsize=10)
-    return figure
+# The cells of panels.draw_grid for rows of (label, pictures, text below each picture).
+def _cells(rows, titles):
+    return {
+        (r, c): (picture, '' if r else titles[c], note, '' if c else label)
+        for r, (label, *columns) in enumerate(rows)
+        for c, (picture, note) in enumerate(zip(*columns))
+    }
 
 
 # figure.png: a column per validation image, each of another class.
 @torch.no_grad()
 def _draw_masks(out, teacher):
-    images, lines = load_split(str(out), 'val')
-    by_class = {line['class']: i for i, line in reversed(list(enumerate(lines)))}
-    names = [sorted(by_class)[k * len(by_class) // 5] for k in range(5)]
-    ids = torch.tensor([by_class[name] for name in names])
-    _, importance = teacher(datasets.normalize(images[ids]))
-    noise = [masking.sample_noise(0, epoch, ids, importance.shape[1]) for epoch in range(3)]
+    names = ['bricked', 'checkered', 'gridded', 'plain', 'striped']
+    ids = torch.tensor([list(CLASSES).index(name) for name in names])  # the first of each class
+    images = load_split(out, 'val')[0][ids]
+    _, importance = teacher(datasets.normalize(images))
+    length = importance.shape[1]
+    first, second, third = (masking.sample_noise(0, draw, ids, length) for draw in range(3))
     orders = {
-        'visible,\nsemantic aware': masking.patch_order(noise[0], importance),
-        'visible,\nanother draw': masking.patch_order(noise[1], importance),
-        'visible,\nuniform': masking.patch_order(noise[2]),
+        'visible,\nsemantic aware': masking.patch_order(first, importance),
+        'visible,\nanother draw': masking.patch_order(second, importance),
+        'visible,\nuniform': masking.patch_order(third),
     }
-    visible = masking.count_visible(importance.shape[1], MASK_RATIO)
-    pixels = images[ids].permute(0, 2, 3, 1).numpy()
+    pixels, visible = images.permute(0, 2, 3, 1).numpy(), masking.count_visible(length, 0.75)
     rows = {'image': pixels, "teacher's\nimportance": panels.heat_over(pixels, importance)}
     rows |= {k: panels.hide(pixels, order.argsort(dim=1) < visible) for k, order in orders.items()}
-    rows = [(label, pictures, [''] * len(names)) for label, pictures in rows.items()]
-    figure = _draw_grid(rows, names, 1.5, 1.5, dpi=100)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(out / 'figure.png')
+    cells = _cells([(*row, [''] * len(names)) for row in rows.items()], names)
+    panels.draw_grid(cells, 1.5, 1.5)[0].savefig(out / 'figure.png')
 
 
 # text_query.png: how well texts match two validation images and their hidden parts.
 def _draw_text_query(out, teacher, clip_path):
     checkpoint, weights = read_weights(out / 'milan' / 'checkpoint-last.pth')
     flags = checkpoint['args']
-    model = MODELS[flags.model](
-        img_size=flags.input_size,
-        target_dim=teacher.dim,
-        use_clip=True,
-        attn_mask=True,
-        change_decoder=True,
-    )
+    method = dict(use_clip=True, attn_mask=True, change_decoder=True)
+    model = MODELS[flags.model](img_size=flags.input_size, target_dim=teacher.dim, **method)
     model.load_state_dict(weights)
-
-    texts = [prompt(name) for name in ('striped', 'bricked', 'ringed', 'plain')]
+    texts = [PROMPT.format(name) for name in ('striped', 'bricked', 'ringed', 'plain')]
     files = [min((out / 'data' / 'val' / name).iterdir()) for name in ('striped', 'bricked')]
-    transform = datasets.build_transform(False, flags.input_size)
+    transform = datasets.build_transform(False, flags.input_size)  # as tools.visualize sees them
     images = datasets.normalize(torch.stack([transform(ImageFile(file)) for file in files]))
     outputs = panels.run_model(model, teacher, images, flags.mask_ratio)
     maps, _ = panels.text_maps(outputs, *read_texts('--text', texts, clip_path))
+    seen = {
+        'teacher,\nall patches': outputs.pixels,
+        'MILAN,\nvisible patches': panels.hide(outputs.pixels, outputs.visible),
+    }
     rows = [
         (label, [left[n], *pictures[:, n]], ['', *(f'whole image: {s:.0%}' for s in scores[n])])
-        for n in range(len(files))
-        for label, left, (pictures, scores) in zip(
-            ('teacher,\nall patches', 'MILAN,\nvisible patches'),
-            (outputs.pixels, panels.hide(outputs.pixels, outputs.visible)),
-            maps.values(),
-        )
+        for n in range(len(images))
+        for (label, left), (pictures, scores) in zip(seen.items(), maps.values())
     ]
-    figure = _draw_grid(rows, ['', *texts], 2.6, 2.9, layout='constrained')
+    figure, _ = panels.draw_grid(_cells(rows, ['', *texts]), 2.6, 2.9)
     figure.suptitle(
         'Texts compared with the tokens of the teacher (upper rows) and with those that MILAN '
         f'predicts for hidden patches\nafter {flags.epochs} epochs (lower rows). '
@@ -104,19 +80,19 @@ def _draw_text_query(out, teacher, clip_path):
     figure.savefig(out / 'text_query.png', dpi=80)
 
 
-# loss.png: a point per step, from the TensorBoard events of MILAN's pretraining.
-def _draw_loss(out):
+# loss.png: a point per step, from the TensorBoard events of MILAN's pretraining. results.png from
+# results.json: top-1 of each start, of the teacher, and by chance.
+def _draw_plots(out):
+    from matplotlib.figure import Figure  # panels.draw_grid has found it
+
     loss = EventAccumulator(str(out / 'milan')).Reload().Scalars('train_loss')
     ax = Figure((6, 3.5), dpi=100, layout='tight').subplots()
     ax.plot([e.step / 1000 for e in loss], [e.value for e in loss])
-    ax.set(xlabel='epoch', ylabel='loss: 2 - 2 cos(prediction, target)')
-    ax.set(ylim=(0, None), title='MILAN pretraining')
+    ylabel = 'loss: 2 - 2 cos(prediction, target)'
+    ax.set(xlabel='epoch', ylabel=ylabel, ylim=(0, None), title='MILAN pretraining')
     ax.grid(alpha=0.3)
     ax.figure.savefig(out / 'loss.png')
 
-
-# results.png from results.json: top-1 of each start, of the teacher, and by chance.
-def _draw_results(out):
     results = json.loads((out / 'results.json').read_text())
     starts, teacher = results['starts'], 100 * results['teacher']
     ax = Figure((6, 3.5), dpi=100, layout='tight').subplots()
@@ -142,15 +118,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    out = Path(args.output_dir)
+    out = args.output_dir
     clip_path = str(out / 'clip_demo.pth.tar')
     context = f'--output_dir {out}: the figures need all files of python -m tools.demo.run'
     with errors.as_user_error(context, OSError, ValueError, KeyError):
         teacher = Teacher(clip.load(clip_path, 'cpu')[0].visual)
         _draw_masks(out, teacher)
         _draw_text_query(out, teacher, clip_path)
-        _draw_loss(out)
-        _draw_results(out)
+        _draw_plots(out)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from tools.demo.draw import CLASSES, demo_parser
 from util import cli, errors, files
@@ -43,15 +42,18 @@ def clear(out: Path) -> None:
     """Delete the outputs of an earlier demo in ``out``, and nothing else."""
     marker = out / '.made_by_the_demo'
     found = [out / name for name in OUTPUTS if (out / name).exists()]
-    taken = f'--output_dir {out} has {[path.name for path in found]}, which the demo did not write'
-    errors.refuse((found and not marker.exists(), f'{taken}; choose another folder'))
+    if found and not marker.exists():
+        raise errors.UserError(
+            f'--output_dir {out} has {[path.name for path in found]}, which the demo did not '
+            'write; choose another folder'
+        )
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
     marker.touch()
 
 
-def run(*command: Any) -> float:
+def run(*command: object) -> float:
     """Print a command, run it, and return its seconds.
 
     Raises:
@@ -60,10 +62,15 @@ def run(*command: Any) -> float:
     command = [str(word) for word in command]
     print(f'$ {shlex.join(["python", *command])}', flush=True)
     start = time.time()
-    status = subprocess.run([sys.executable, *command]).returncode
-    errors.refuse((status, f'{command[0]} failed with status {status}; its message is above'))
+    if status := subprocess.run([sys.executable, *command]).returncode:
+        raise errors.UserError(f'{command[0]} failed with status {status}; its message is above')
     print(f'=== done in {time.time() - start:.0f} s', flush=True)
     return time.time() - start
+
+
+# The flags for data and output.
+def _folders(data, out):
+    return ['--data_path', data, '--output_dir', out, '--log_dir', out]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -73,21 +80,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 # Run all stages, and print the results.
 @errors.as_user_error('--output_dir cannot be written to', OSError)
 def main(args: argparse.Namespace) -> None:
-    begin, out = time.time(), Path(args.output_dir)
+    begin, out = time.time(), args.output_dir
     clear(out)
     seed, teacher = ['--seed', args.seed], out / 'clip_demo.pth.tar'
     common = ['--input_size', 64, '--device', 'cpu', '--num_workers', 2, *seed]
     flags = ['--output_dir', out, *seed, *['--quick'] * args.quick]
     print('\n=== 1/7 Drawing captioned images: textured shapes on varied backgrounds')
     run('-m', 'tools.demo.draw', *flags)
-    # labeled/ has links to the first training images per class, and the whole val/.
-    data, labeled = out / 'data', out / 'labeled'
-    for name in CLASSES:
-        (labeled / 'train' / name).mkdir(parents=True)
-        images = sorted((data / 'train' / name).iterdir())
-        for image in images[: 8 if args.quick else 125]:
-            (labeled / 'train' / name / image.name).symlink_to(image.resolve())
-    (labeled / 'val').symlink_to((data / 'val').resolve())
+    # labeled/ has the first training images per class, and the whole val/, whose classes are small
+    data, labeled, per_class = out / 'data', out / 'labeled', 8 if args.quick else 125
+    shutil.copytree(data, labeled, ignore=lambda folder, names: sorted(names)[per_class:])
     print('\n=== 2/7 Training the teacher, a small CLIP, from scratch on images and captions')
     teacher_seconds = run('-m', 'tools.demo.train_clip', *flags)
 
@@ -98,8 +100,7 @@ def main(args: argparse.Namespace) -> None:
     starts = {name: {'pretraining': 0.0} for name in (*methods, 'random weights')}
     for stage, (name, method) in enumerate(methods.items(), 3):
         print(f'\n=== {stage}/7 Pretraining {name}: main_pretrain.py with the published flags')
-        folder = out / name.lower()
-        where = ['--data_path', data, '--output_dir', folder, '--log_dir', folder]
+        where = _folders(data, out / name.lower())
         starts[name]['pretraining'] = run(*PRETRAIN, *where, *method, *common)
     for stage, (kind, script) in enumerate(SCRIPTS.items(), 5):
         print(f'\n=== {stage}/7 {script[0]} from three starts, with few labels')
@@ -107,8 +108,7 @@ def main(args: argparse.Namespace) -> None:
             checkpoint = out / name.lower() / f'checkpoint-{EPOCHS - 1}.pth'
             start = ['--finetune', checkpoint if name in methods else '']
             folder = out / kind / name.split()[0].lower()
-            where = ['--data_path', labeled, '--output_dir', folder, '--log_dir', folder]
-            seconds = run(*script, *CLASSIFY, *start, *where, *common)
+            seconds = run(*script, *CLASSIFY, *start, *_folders(labeled, folder), *common)
             last = json.loads((folder / 'log.txt').read_text().splitlines()[-1])
             row[kind] = {'top1': last['test_acc1'], 'seconds': seconds}
 

@@ -8,18 +8,20 @@ The result, clip_demo.pth.tar, has the format of OpenAI's state dicts, so that m
 
 import argparse
 import json
-import os
+from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import models_tiny_clip
 from tools.demo.draw import CLASSES, demo_parser
 from util import cli, errors, files
 
+PROMPT = 'a {} shape'  # the text for a class
 
-def load_split(output_dir: str, split: str) -> tuple[torch.Tensor, list[dict[str, str]]]:
+
+def load_split(out: Path, split: str) -> tuple[torch.Tensor, list[dict[str, str]]]:
     """Read all images and captions of a split into memory.
 
     Returns:
@@ -29,18 +31,11 @@ def load_split(output_dir: str, split: str) -> tuple[torch.Tensor, list[dict[str
     Raises:
         UserError: if tools.demo.draw has not written them.
     """
-    context = f'--output_dir {output_dir} lacks files of python -m tools.demo.draw'
-    file = os.path.join(output_dir, f'captions_{split}.jsonl')
-    with errors.as_user_error(context, OSError, ValueError), open(file, encoding='utf-8') as f:
-        lines = [json.loads(line) for line in f]
-        paths = [os.path.join(output_dir, 'data', line['file']) for line in lines]
-        pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), lines
-
-
-def prompt(name: str) -> str:
-    """Return the text for a class."""
-    return f'a {name} shape'
+    context = f'--output_dir {out} lacks files of python -m tools.demo.draw'
+    with errors.as_user_error(context, OSError, ValueError):
+        lines = [json.loads(x) for x in (out / f'captions_{split}.jsonl').read_text().splitlines()]
+        images = [pil_to_tensor(Image.open(out / 'data' / line['file'])) for line in lines]
+    return torch.stack(images), lines
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -49,19 +44,25 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 # Train, write clip_demo.pth.tar, and its zero-shot accuracy to teacher.json.
 def main(args: argparse.Namespace) -> None:
-    out, steps = args.output_dir, 20 if args.quick else 600
+    out, path = args.output_dir, args.output_dir / 'clip_demo.pth.tar'
     torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    model, path = models_tiny_clip.build_clip(), os.path.join(out, 'clip_demo.pth.tar')
+    model = models_tiny_clip.build_clip()
     images, lines = load_split(out, 'train')
-    captions, short = [line['caption'] for line in lines], [prompt(line['class']) for line in lines]
-    models_tiny_clip.train(model, images, captions, short, steps, generator)
+    models_tiny_clip.train(
+        model,
+        images,
+        captions=[line['caption'] for line in lines],
+        short=[PROMPT.format(line['class']) for line in lines],
+        steps=20 if args.quick else 600,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
     models_tiny_clip.save(model, path)
 
     images, lines = load_split(out, 'val')
     labels = torch.tensor([list(CLASSES).index(line['class']) for line in lines])
-    accuracy = models_tiny_clip.zero_shot(path, images, labels, [prompt(name) for name in CLASSES])
-    files.atomic_write_text(os.path.join(out, 'teacher.json'), json.dumps({'zero_shot': accuracy}))
+    prompts = [PROMPT.format(name) for name in CLASSES]
+    accuracy = models_tiny_clip.zero_shot(path, images, labels, prompts)
+    files.atomic_write_text(out / 'teacher.json', json.dumps({'zero_shot': accuracy}))
     print(f'{path}: zero-shot top-1 on val {accuracy:.1%}, chance {1 / len(CLASSES):.1%}')
 
 
