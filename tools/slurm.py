@@ -14,27 +14,72 @@ does not come back; the same command resumes it. See docs/clusters.md.
 """
 
 import argparse
-import contextlib
 import importlib
-import io
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from main_linprobe import base_rates
 from util.cli import Parser, bounded, run
 from util.datasets import check_data_flags
-from util.errors import as_user_error, refuse
+from util.errors import UserError, as_user_error, refuse
 from util.lr_sched import absolute_lr
 from util.preemption import EXIT_PREEMPTED
 from util.runtime import describe_batch
 from util.signals import SIGNALS
 
-# The scripts know this signal. submitit's default, USR2, would end their loader workers.
-SIGNAL = 'USR1'
+FLAGS = {
+    'script': dict(
+        choices=['pretrain', 'finetune', 'linprobe'],
+        metavar='SCRIPT',
+        help='pretrain, finetune, linprobe',
+    ),
+    '--nodes': dict(default=1, type=bounded(int, 1), metavar='N', help='number of machines'),
+    '--gpus --ngpus': dict(
+        default=8,
+        type=bounded(int, 1),
+        metavar='N',
+        help='GPUs (= processes) per node; only processes with --device cpu after the --',
+    ),
+    '--hours': dict(
+        default=24.0,
+        type=bounded(float, 0.1),
+        metavar='H',
+        help='time limit, after which the job comes back',
+    ),
+    '--partition': dict(metavar='NAME', help="default: the cluster's"),
+    '--cpus': dict(default=10, type=bounded(int, 1), metavar='N', help='cores per process'),
+    '--mem_gb': dict(
+        type=bounded(float, 0), metavar='GB', help="memory per node; default: the cluster's"
+    ),
+    '--sbatch': dict(
+        nargs='+',
+        default=[],
+        metavar='NAME[=VALUE]',
+        help='other options of sbatch, such as: account=vision qos=high exclusive',
+    ),
+    '--job_name': dict(metavar='NAME', help='default: SCRIPT'),
+    '--job_dir': dict(metavar='DIR', help='output of all processes; default: OUTPUT_DIR/slurm'),
+    '--save_seconds': dict(
+        default=300,
+        type=bounded(int, 1),
+        metavar='N',
+        help='seconds before the time limit at which the job is asked to save',
+    ),
+    '--max_timeouts': dict(
+        default=20,
+        type=bounded(int, 0),
+        metavar='N',
+        help='time limits after which the job still comes back; preemptions do not count',
+    ),
+    '--cluster': dict(
+        default='slurm',
+        choices=['slurm', 'local'],
+        help='local: run on this machine, to try a command',
+    ),
+    '--dry_run': dict(action='store_true', help='check and print, but do not submit anything'),
+}
 
 
 # ---- on the nodes ----
@@ -69,8 +114,6 @@ class Task:
             os.environ['MASTER_ADDR'] = '127.0.0.1'  # some machines cannot resolve their own name
         if job.num_tasks > 1:
             os.environ.setdefault('OMP_NUM_THREADS', '1')  # as torchrun does
-        requeue_signal = getattr(signal, f'SIG{submitit.JobEnvironment.USR_SIG}')
-        requeue = signal.getsignal(requeue_signal)
         process, received = subprocess.Popen(self.command), []
 
         def _forward(number, frame):
@@ -78,8 +121,7 @@ class Task:
             process.send_signal(number)
 
         try:
-            for number in SIGNALS:
-                signal.signal(number, _forward)
+            submitits = {number: signal.signal(number, _forward) for number in SIGNALS}
             status = process.wait()
         finally:
             process.kill()
@@ -87,15 +129,12 @@ class Task:
             if job.global_rank > 0:
                 sys.exit(0)  # with another status, srun might kill rank 0 before it requeues
             # SIGTERM comes from a preemption, or from scancel; after scancel, the job no longer
-            # counts as running.
-            command = ['squeue', '--noheader', '--format=%T', '--jobs', job.job_id]
-            state = (
-                subprocess.run(command, capture_output=True, text=True).stdout.strip()
-                if job.cluster == 'slurm'
-                else ''
+            # counts as running. The local executor has no squeue to ask.
+            unknown, state = subprocess.getstatusoutput(
+                f'squeue --noheader --format=%T --jobs {job.job_id}'
             )
-            if state == 'RUNNING' or (not state and signal.SIGTERM not in received):
-                requeue(requeue_signal, None)
+            if state == 'RUNNING' or (unknown and signal.SIGTERM not in received):
+                submitits[signal.SIGUSR1](signal.SIGUSR1, None)
         if status:
             sys.exit(status if status > 0 else 128 - status)
 
@@ -110,86 +149,42 @@ def get_args_parser() -> Parser:
         allow_abbrev=False,
         usage='python -m tools.slurm SCRIPT [flags] -- [flags of SCRIPT]',
     )
-    parser.add_argument(
-        'script',
-        choices=['pretrain', 'finetune', 'linprobe'],
-        metavar='SCRIPT',
-        help='pretrain, finetune, linprobe',
-    )
-    parser.add_argument(
-        '--nodes', default=1, type=bounded(int, 1), metavar='N', help='number of machines'
-    )
-    parser.add_argument(
-        '--gpus',
-        '--ngpus',
-        default=8,
-        type=bounded(int, 1),
-        metavar='N',
-        help='GPUs (= processes) per node; only processes with --device cpu after the --',
-    )
-    parser.add_argument(
-        '--hours',
-        default=24.0,
-        type=bounded(float, 0.1),
-        metavar='H',
-        help='time limit, after which the job comes back',
-    )
-    parser.add_argument('--partition', metavar='NAME', help="default: the cluster's")
-    parser.add_argument(
-        '--cpus', default=10, type=bounded(int, 1), metavar='N', help='cores per process'
-    )
-    parser.add_argument(
-        '--mem_gb',
-        type=bounded(float, 0),
-        metavar='GB',
-        help="memory per node; default: the cluster's",
-    )
-    parser.add_argument(
-        '--sbatch',
-        nargs='+',
-        default=[],
-        metavar='NAME[=VALUE]',
-        help='other options of sbatch, such as: account=vision qos=high exclusive',
-    )
-    parser.add_argument('--job_name', metavar='NAME', help='default: SCRIPT')
-    parser.add_argument(
-        '--job_dir', metavar='DIR', help='output of all processes; default: OUTPUT_DIR/slurm'
-    )
-    parser.add_argument(
-        '--save_seconds',
-        default=300,
-        type=bounded(int, 1),
-        metavar='N',
-        help='seconds before the time limit at which the job is asked to save',
-    )
-    parser.add_argument(
-        '--max_timeouts',
-        default=20,
-        type=bounded(int, 0),
-        metavar='N',
-        help='time limits after which the job still comes back; preemptions do not count',
-    )
-    parser.add_argument(
-        '--cluster',
-        default='slurm',
-        choices=['slurm', 'local'],
-        help='local: run on this machine, to try a command',
-    )
-    parser.add_argument(
-        '--dry_run', action='store_true', help='check and print, but do not submit anything'
-    )
+    for names, options in FLAGS.items():
+        parser.add_argument(*names.split(), **options)
     return parser
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     """Parse a command line. The words after the first -- become ``flags``."""
-    parser, end = get_args_parser(), [*words, '--'].index('--')
-    args, unknown = parser.parse_known_args(words[:end], argparse.Namespace(flags=words[end + 1 :]))
-    if unknown:
-        parser.error(
-            f'unrecognized arguments: {" ".join(unknown)}; flags of the script go after --'
-        )
-    return args
+    end = [*words, '--'].index('--')
+    return get_args_parser().parse_args(words[:end], argparse.Namespace(flags=words[end + 1 :]))
+
+
+# The command of each process of the job, and the parameters of submitit's executors.
+def _plan(args, flags, path, on_gpu, evaluates):
+    command = [
+        *(sys.executable, '-u', path, *args.flags),
+        *(() if evaluates else ('--resume', 'auto')),
+        # a node without working GPUs must fail, not use its CPU
+        *(('--device', 'cuda') if flags.device is None and args.cluster == 'slurm' else ()),
+    ]
+    parameters = {
+        'name': args.job_name or args.script,
+        'nodes': args.nodes,
+        'tasks_per_node': args.gpus,
+        'gpus_per_node': args.gpus if on_gpu else None,
+        'cpus_per_task': args.cpus,
+        'mem_gb': args.mem_gb,
+        'timeout_min': round(60 * args.hours),
+        'stderr_to_stdout': True,
+        'slurm_partition': args.partition,
+        'slurm_additional_parameters': {
+            'requeue': True,
+            'signal': f'USR1@{args.save_seconds}',
+            **dict(o.split('=', 1) if '=' in o else (o, True) for o in args.sbatch),
+        },
+    }
+    return command, parameters
 
 
 def main(args: argparse.Namespace) -> None:
@@ -226,12 +221,13 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- summary
     print(
-        f'{script.__name__}.py on {args.nodes} node(s) with {args.gpus} '
-        f'{"GPU" if on_gpu else "process"}(s) each'
+        f'{script.__file__} on {args.nodes} node(s) with {args.gpus} '
+        f'{"GPU" if on_gpu else "process"}(s) each, output in {os.path.abspath(flags.output_dir)}'
     )
     if not evaluates:
-        world_size, linprobe = args.nodes * args.gpus, args.script == 'linprobe'
-        for blr in base_rates(flags.probe, flags.blr) if linprobe else [flags.blr]:
+        world_size = args.nodes * args.gpus
+        rates = script.base_rates(flags.probe, flags.blr) if 'probe' in flags else [flags.blr]
+        for blr in rates:
             lr = absolute_lr(blr, flags.batch_size * flags.accum_iter * world_size)
             describe_batch(
                 flags.batch_size,
@@ -241,65 +237,35 @@ def main(args: argparse.Namespace) -> None:
             )
         if any(Path(flags.output_dir).glob('checkpoint-*.pth')):
             print(f'{flags.output_dir} has checkpoints: the job resumes from the newest one')
-    if args.cluster == 'slurm':
-        print(
-            f'All nodes must see {os.path.abspath(flags.output_dir)}, '
-            f'{os.path.dirname(script.__file__)}, and the files that the flags name'
-        )
     if args.dry_run:
         return
 
     # ---- submission
-    # read when submitit is imported, also by the processes of the job
-    os.environ['SUBMITIT_PREEMPT_SIGNAL'] = SIGNAL
-    with as_user_error('a package is missing: pip install submitit', ImportError):
-        import submitit
-    refuse(
-        (
-            args.cluster == 'slurm' and shutil.which('srun') is None,
-            'Slurm is not installed here: log in to a node that submits jobs, or try the '
-            'command with --cluster local',
-        )
-    )
-    # a node without working GPUs must fail, not use its CPU
-    cuda = flags.device is None and args.cluster == 'slurm'
-    command = [
-        *(sys.executable, '-u', script.__file__, *args.flags),
-        *(() if evaluates else ('--resume', 'auto')),
-        *(('--device', 'cuda') if cuda else ()),
-    ]
-    with (
-        as_user_error('the job could not be submitted', OSError, RuntimeError),
-        contextlib.redirect_stderr(io.StringIO()),  # submitit prints sbatch's error and raises it
+    command, parameters = _plan(args, flags, script.__file__, on_gpu, evaluates)
+    # The scripts know USR1. submitit's default, USR2, would end their loader workers. The variable
+    # is read when submitit is imported, also by the processes of the job.
+    os.environ['SUBMITIT_PREEMPT_SIGNAL'] = 'USR1'
+    with as_user_error(
+        'the job could not be submitted; this needs submitit, and Slurm or --cluster local',
+        ImportError,
+        OSError,
+        RuntimeError,
     ):
+        import submitit
+
         executor = submitit.AutoExecutor(
             args.job_dir or os.path.join(flags.output_dir or '.', 'slurm'),
             cluster=args.cluster,
             **{f'{args.cluster}_max_num_timeout': args.max_timeouts},
         )
-        executor.update_parameters(
-            name=args.job_name or args.script,
-            nodes=args.nodes,
-            tasks_per_node=args.gpus,
-            gpus_per_node=args.gpus if on_gpu else None,
-            cpus_per_task=args.cpus,
-            mem_gb=args.mem_gb,
-            timeout_min=round(60 * args.hours),
-            stderr_to_stdout=True,
-            slurm_partition=args.partition,
-            slurm_additional_parameters={
-                'requeue': True,
-                'signal': f'{SIGNAL}@{args.save_seconds}',
-                **dict(o.split('=', 1) if '=' in o else (o, True) for o in args.sbatch),
-            },
-        )
+        executor.update_parameters(**parameters)
         job = executor.submit(Task(command))
     print(f'Job {job.job_id}: its output is in {job.paths.stdout}')
     if args.cluster == 'local':
         job.wait()
-        results = [job.task(k).paths.result_pickle for k in range(job.num_tasks)]
-        failed = not all(path.exists() for path in results) or job.exception()
-        refuse((failed, f'the job did not finish; see {job.paths.stdout}'))
+        tasks = map(job.task, range(job.num_tasks))
+        if not all(task.paths.result_pickle.exists() for task in tasks) or job.exception():
+            raise UserError(f'the job did not finish; see {job.paths.stdout}')
 
 
 if __name__ == '__main__':

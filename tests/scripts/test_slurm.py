@@ -13,7 +13,9 @@ from pathlib import Path
 
 import cloudpickle
 import pytest
+import submitit
 
+import main_pretrain
 from tests.helpers import ROOT, log_records, ok, one_error_line, run
 from tools import slurm
 from util.cli import run as run_main
@@ -91,26 +93,27 @@ exclusive partition=vision account=milan job-name=pretrain signal=USR1@300 reque
 open-mode=append"""
 
 
-def test_submitted_job(tmp_path, monkeypatch):
-    """Without sbatch, the file that submitit writes for it stays. srun is looked for, not run."""
-    (tmp_path / 'bin').mkdir()
-    (tmp_path / 'bin' / 'srun').touch(0o755)
-    monkeypatch.setenv('PATH', str(tmp_path / 'bin'))
+def test_plan_of_a_job(tmp_path):
+    """Translate the parameters into options of sbatch by submitit, without Slurm."""
     job = '--nodes 2 --gpus 4 --hours 36 --partition vision --mem_gb 400 --sbatch account=milan'
-    flags = ['--data_path', '/data', '--output_dir', tmp_path / 'out', '--batch_size', 128]
-    result = submit('pretrain', *job.split(), 'exclusive', '--', *flags)
-    one_error_line(result, 'submitted', 'sbatch')
-    (script,) = (tmp_path / 'out' / 'slurm').glob('.submission_file_*.sh')
-    lines = script.read_text().splitlines()
+    words = ['--data_path', '/data', '--output_dir', str(tmp_path), '--batch_size', '128']
+    args = slurm.parse(['pretrain', *job.split(), 'exclusive', '--', *words])
+    flags = main_pretrain.get_args_parser().parse_args(args.flags)
+    command, parameters = slurm._plan(args, flags, 'main_pretrain.py', True, False)
+    more = ['--resume', 'auto', '--device', 'cuda']
+    assert command == [sys.executable, '-u', 'main_pretrain.py', *words, *more]
+
+    names = submitit.SlurmExecutor._equivalence_dict()
+    sbatch = {names.get(k, k.removeprefix('slurm_')): v for k, v in parameters.items()}
+    sbatch['mem'] = submitit.slurm.slurm._convert_mem(sbatch['mem'])
+    script = submitit.slurm.slurm._make_sbatch_string('COMMAND', tmp_path, **sbatch)
+    lines = script.splitlines()
     for option in OPTIONS.split():
         assert f'#SBATCH --{option}' in lines
-    assert any(line.startswith('srun ') and 'submitit.core._submit' in line for line in lines)
-    (pickled,) = (tmp_path / 'out' / 'slurm').glob('*.pkl')
-    submission = pickle.loads(pickled.read_bytes())
-    more = ['--resume', 'auto', '--device', 'cuda']
-    expected = [sys.executable, '-u', f'{ROOT}/main_pretrain.py', *map(str, flags), *more]
-    assert submission.function.command == expected and submission._timeout_countdown == 20
-    assert submission._checkpoint_function().function.command == expected
+    assert any(line.startswith('srun ') and line.endswith(' COMMAND') for line in lines)
+    executor = submitit.AutoExecutor(tmp_path, cluster='local')
+    with pytest.raises(ValueError, match='only one node'):  # it accepts all other parameters
+        executor.update_parameters(**parameters)
 
 
 @pytest.fixture
@@ -165,6 +168,13 @@ def test_interrupted_job_saves_and_comes_back_once(flags, tmp_path):
     assert 'Requeued' not in second and 'Traceback' not in first + second, first + second
     assert [record['epoch'] for record in log_records(out)] == [0, 1, 2]
     assert (out / 'checkpoint-2.pth').exists()
+
+    (pickled,) = (out / 'slurm').glob('*_submitted.pkl')
+    submission = pickle.loads(pickled.read_bytes())
+    command = [sys.executable, '-u', f'{ROOT}/main_pretrain.py', *map(str, flags)]
+    command += ['--output_dir', str(out), '--resume', 'auto']
+    assert submission.function.command == command and submission._timeout_countdown == 20
+    assert submission._checkpoint_function().function.command == command
 
 
 @pytest.mark.slow

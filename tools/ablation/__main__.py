@@ -30,7 +30,7 @@ import models_tiny_clip
 from tools.ablation import report
 from tools.ablation.runs import Runs
 from util.cli import Parser, bounded, run
-from util.errors import as_user_error, refuse
+from util.errors import UserError, as_user_error, refuse
 from util.files import atomic_write_text
 
 # Images are enlarged to 64 pixels: 64 patches of 4 x 4 original pixels. Numbers of images are for
@@ -80,9 +80,12 @@ def _find_images(data_path, out):
     if (data_path / 'train').is_dir():
         return data_path
     folder = out / 'cifar10'
-    context = f'--data_path {data_path} has no train/, and torchvision cannot provide CIFAR-10'
     for split in [name for name in ('train', 'test') if not (folder / name).is_dir()]:
-        with as_user_error(context, OSError, RuntimeError):
+        with as_user_error(
+            f'--data_path {data_path} has no train/, and torchvision cannot provide CIFAR-10',
+            OSError,
+            RuntimeError,
+        ):
             source = torchvision.datasets.CIFAR10(data_path, split == 'train', download=True)
         part = folder / f'{split}.part'
         for i, (image, label) in enumerate(source):
@@ -128,80 +131,72 @@ def _train_teacher(out, steps, train, val, device):
     model, generator = models_tiny_clip.build_clip().to(device), torch.Generator().manual_seed(0)
     captions = [f'a photo of a {name}' for _, name in train]
     models_tiny_clip.train(model, _read_pixels(train), captions, captions, steps, generator)
-    file = out / 'clip.pth.tar'
-    models_tiny_clip.save(model, file)
+    models_tiny_clip.save(model, out / 'clip.pth.tar')
     names = sorted({name for _, name in val})
     labels = torch.tensor([names.index(name) for _, name in val])
     prompts = [f'a photo of a {name}' for name in names]
-    accuracy = models_tiny_clip.zero_shot(file, _read_pixels(val), labels, prompts)
+    accuracy = models_tiny_clip.zero_shot(out / 'clip.pth.tar', _read_pixels(val), labels, prompts)
     atomic_write_text(out / 'teacher.json', json.dumps({'zero_shot': 100 * accuracy}))
     print(f'Zero-shot accuracy of the teacher: {accuracy:.1%}')
 
 
 # All images in memory, resized (bicubic) to the teacher's size: uint8 [N, 3, SIZE, SIZE].
 def _read_pixels(images):
-    size = (models_tiny_clip.SIZE,) * 2
+    to_tensor, size = torchvision.transforms.PILToTensor(), (models_tiny_clip.SIZE,) * 2
     with as_user_error('--data_path', OSError):
-        pixels = (Image.open(path).convert('RGB').resize(size) for path, _ in images)
-        return torch.stack([torchvision.transforms.functional.pil_to_tensor(p) for p in pixels])
+        return torch.stack(
+            [to_tensor(Image.open(path).convert('RGB').resize(size)) for path, _ in images]
+        )
 
 
 # ---- command ----
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m tools.ablation', description=__doc__)
-    group = parser.add_argument_group('data and files')
-    group.add_argument(
-        '--data_path',
+FLAGS = {
+    '--data_path': dict(
         type=Path,
         metavar='DIR',
         required=True,
         help='train/CLASS/ and test/CLASS/ of CIFAR-10, or the folder where torchvision finds it '
         'or downloads it to',
-    )
-    group.add_argument(
-        '--output_dir',
+    ),
+    '--output_dir': dict(
         type=Path,
         default=Path('ablation'),
         metavar='DIR',
         help='folder of all files that this tool writes',
-    )
-    group = parser.add_argument_group('runs')
-    group.add_argument(
-        '--setting',
+    ),
+    '--setting': dict(
         choices=['auto', *SETTINGS],
         default='auto',
         help='numbers of images, steps and epochs; auto: by --device',
-    )
-    group.add_argument(
-        '--seeds', type=bounded(int, 1, 1000), default=3, metavar='N', help='runs per variant'
-    )
-    group.add_argument(
-        '--jobs',
+    ),
+    '--seeds': dict(type=bounded(int, 1, 1000), default=3, metavar='N', help='runs per variant'),
+    '--jobs': dict(
         type=bounded(int, 1, 64),
         default=1,
         metavar='N',
         help='runs at the same time, spread over the GPUs',
-    )
-    group.add_argument(
-        '--num_workers',
-        type=bounded(int, 0, 64),
-        default=1,
-        metavar='N',
-        help='loader workers per run',
-    )
-    group.add_argument(
-        '--device',
+    ),
+    '--num_workers': dict(
+        type=bounded(int, 0, 64), default=1, metavar='N', help='loader workers per run'
+    ),
+    '--device': dict(
         choices=['cuda', 'cpu'],
         default='cuda' if torch.cuda.is_available() else 'cpu',
         help='device of the runs',
-    )
-    group.add_argument(
-        '--report',
+    ),
+    '--report': dict(
         action='store_true',
         help='write the table and the plot of the finished runs, and run nothing',
-    )
+    ),
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser('python -m tools.ablation', description=__doc__)
+    for name, options in FLAGS.items():
+        parser.add_argument(name, **options)
     return parser
 
 
@@ -209,16 +204,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 def _lock_folder(out, setting):
     out.mkdir(parents=True, exist_ok=True)
     lock, file = open(out / '.lock', 'w'), out / 'setting.json'
-    in_use = f'--output_dir {out} is in use by another ablation, or by a script that it started'
-    with as_user_error(in_use, BlockingIOError):
+    with as_user_error(
+        f'--output_dir {out} is in use by another ablation, or by a script that it started',
+        BlockingIOError,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    refuse(
-        (
-            file.exists() and json.loads(file.read_text()) != setting,
+    if file.exists() and json.loads(file.read_text()) != setting:
+        raise UserError(
             f'--output_dir {out} has results of another setting or other data ({file}); choose '
-            'another folder',
+            'another folder'
         )
-    )
     atomic_write_text(file, json.dumps(setting))
     return lock
 
@@ -228,18 +223,16 @@ def main(args: argparse.Namespace) -> None:
     if args.report:
         return report.write(out)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    by_device = 'gpu' if args.device == 'cuda' else 'cpu'
-    name = by_device if args.setting == 'auto' else args.setting
+    name = {'auto': 'gpu' if args.device == 'cuda' else 'cpu'}.get(args.setting, args.setting)
     setting = {'setting': name, 'data_path': str(args.data_path.resolve()), **SETTINGS[name]}
     with as_user_error(f'--output_dir {args.output_dir}', OSError, ValueError):
         lock = _lock_folder(out, setting)
 
-    # ---- data and teacher: data/ to pretrain on, labeled/ to learn from, with the same val/
+    # ---- data and teacher: data/ to pretrain on, labeled/ to learn from
     source = _find_images(args.data_path, out)
     test = source / ('test' if (source / 'test').is_dir() else 'val')
     train = _link_images(source / 'train', out / 'data' / 'train', setting['images'])
     _link_images(source / 'train', out / 'labeled' / 'train', setting['labels'])
-    _link_images(test, out / 'data' / 'val', setting['val'])
     val = _link_images(test, out / 'labeled' / 'val', setting['val'])
     _train_teacher(out, setting['teacher_steps'], train, val, args.device)
 
@@ -248,9 +241,7 @@ def main(args: argparse.Namespace) -> None:
     all_runs = list(itertools.product(range(args.seeds), report.VARIANTS))
     missing = [(variant, seed) for seed, variant in all_runs if (*variant, seed) not in done]
     print(f'{len(missing)} of {len(all_runs)} runs to do, {args.jobs} at a time', flush=True)
-    runs = Runs(
-        out, setting, lock, device=args.device, jobs=args.jobs, num_workers=args.num_workers
-    )
+    runs = Runs(out, setting, lock, args.device, args.jobs, args.num_workers)
     with lock, ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(runs.run, variant, seed) for variant, seed in missing]
         try:

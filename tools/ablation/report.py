@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from util.errors import as_user_error, refuse
+from util.errors import UserError, as_user_error
 from util.files import atomic_write_text
 
 METRICS = {'linear': 'linear top-1', 'finetune': 'fine-tuned top-1'}
@@ -32,14 +32,17 @@ def read_results(out: Path) -> Results:
 
 def add_result(out: Path, row: dict[str, Any]) -> None:
     """Add a line to results.jsonl. A kill at any moment leaves the previous lines intact."""
-    rows = [*read_results(out).values(), row]
-    atomic_write_text(out / 'results.jsonl', ''.join(f'{json.dumps(r)}\n' for r in rows))
+    lines = [f'{json.dumps(r)}\n' for r in (*read_results(out).values(), row)]
+    atomic_write_text(out / 'results.jsonl', ''.join(lines))
 
 
 def summary(row: dict[str, Any]) -> str:
     """Describe a line of results.jsonl."""
-    accuracies = f'linear {row["linear"]:.1f} %, fine-tuned {row["finetune"]:.1f} %'
-    return f'{_describe([row[name] for name in FACTORS])}, seed {row["seed"]}: {accuracies}'
+    variant = _describe([row[name] for name in FACTORS])
+    return (
+        f'{variant}, seed {row["seed"]}: '
+        f'linear {row["linear"]:.1f} %, fine-tuned {row["finetune"]:.1f} %'
+    )
 
 
 def _describe(variant):
@@ -54,15 +57,15 @@ def write(out: Path) -> None:
         UserError: if there are no results, or a file cannot be read.
     """
     results = read_results(out)
-    refuse((not results, f'--output_dir {out} has no results.jsonl with a finished run'))
+    if not results:
+        raise UserError(f'--output_dir {out} has no results.jsonl with a finished run')
     with as_user_error(f'--output_dir {out}', OSError, ValueError, KeyError):
         setting = json.loads((out / 'setting.json').read_text())
         teacher = json.loads((out / 'teacher.json').read_text())['zero_shot']
     text = table(results, setting, teacher)
     atomic_write_text(out / 'ablation.md', text)
-    print(text)
     _draw(results, setting, teacher, out / 'ablation.png')
-    print(f'{out}/ablation.md, {out}/ablation.png')
+    print(f'{text}\n{out}/ablation.md, {out}/ablation.png')
 
 
 # {variant: accuracies, one per seed}, without variants that have none.
@@ -138,15 +141,14 @@ def _draw(results, setting, teacher, path):
     figure = Figure(figsize=(10, 3.8), dpi=90)
     axes = figure.subplots(1, len(METRICS), sharey=True)
     for ax, (metric, title) in zip(axes, METRICS.items()):
-        values = _by_variant(results, metric)
-        for row, (variant, accuracies) in enumerate(values.items()):
+        for variant, accuracies in _by_variant(results, metric).items():
+            name = _describe(variant)
             color = {'pixels': 'C0', 'CLIP': 'C1'}.get(variant[0], 'gray')
-            ax.barh(row, mean(accuracies), color=color, alpha=0.35)
-            ax.plot(accuracies, [row] * len(accuracies), '.', color=color)
+            ax.barh(name, mean(accuracies), color=color, alpha=0.35)
+            ax.plot(accuracies, [name] * len(accuracies), '.', color=color)
         ax.axvline(teacher, color='black', linestyle='--', label='teacher, zero-shot')
         ax.axvline(10, color='gray', linestyle=':', label='chance')
         ax.set_xlabel(f'{title}, %')
-    axes[0].set_yticks(range(len(values)), map(_describe, values), fontsize=8)
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc='upper right', fontsize=8)
     figure.suptitle(

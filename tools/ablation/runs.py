@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 
 from tools.ablation.report import FACTORS, METRICS, RANDOM
-from util.errors import refuse
+from util.errors import UserError
 from util.run_info import available_cores
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +47,7 @@ class Runs:
         self,
         out: Path,
         setting: dict[str, Any],
-        lock: TextIO,
-        *,
+        lock: TextIO | None,
         device: str,
         jobs: int,
         num_workers: int,
@@ -63,38 +62,55 @@ class Runs:
         self.gpus = (gpus * jobs)[:jobs]  # one entry per script that may run at the same time
         self.processes, self.stopped = [], False
 
+    def commands(
+        self, folder: Path, variant: tuple[str, str, str], seed: int
+    ) -> dict[str, list[str]]:
+        """Return the commands of a run, by the subfolders of ``folder`` for their output."""
+        start = folder / 'pretrain' / f'checkpoint-{self.setting["epochs"] - 1}.pth'
+        classifier = [
+            *'--model vit_tiny_patch8 --nb_classes 10 --warmup_epochs 0'.split(),
+            *('--data_path', self.out / 'labeled'),
+            *('--finetune', '' if variant == RANDOM else start),
+        ]
+        commands = {
+            'pretrain': [
+                *'main_pretrain.py --model mae_vit_tiny_patch8 --lr 1e-3'.split(),
+                *('--epochs', self.setting['epochs']),
+                *('--warmup_epochs', self.setting['warmup_epochs']),
+                *('--data_path', self.out / 'data'),
+                *pretrain_flags(*variant, self.out / 'clip.pth.tar'),
+            ],
+            'linear': [
+                *'main_linprobe.py --blr 1 4 16 --epochs'.split(),
+                *(self.setting['probe_epochs'], *classifier),
+            ],
+            'finetune': [
+                *'main_finetune.py --lr 1e-3 --global_pool --reprob 0 --aa='.split(),
+                *('--epochs', self.setting['finetune_epochs'], *classifier),
+            ],
+        }
+        return {
+            kind: [*map(str, command), *self.common, '--seed', str(seed)]
+            for kind, command in commands.items()
+            if kind != 'pretrain' or variant != RANDOM
+        }
+
     def run(self, variant: tuple[str, str, str], seed: int) -> dict[str, Any]:
         """Pretrain, probe and fine-tune. Returns the line of results.jsonl."""
-        setting, common, start = self.setting, [*self.common, '--seed', seed], ''
         name = '-'.join(word for word in variant if word).replace(' ', '-')
         folder = self.out / 'runs' / f'{name}-seed{seed}'
-        if variant != RANDOM:
-            self._script(
-                folder / 'pretrain',
-                'main_pretrain.py --model mae_vit_tiny_patch8 --lr 1e-3 '
-                f'--epochs {setting["epochs"]} --warmup_epochs {setting["warmup_epochs"]}',
-                *pretrain_flags(*variant, self.out / 'clip.pth.tar'),
-                *('--data_path', self.out / 'data', *common),
-            )
-            start = folder / 'pretrain' / f'checkpoint-{setting["epochs"] - 1}.pth'
-
-        common += '--model vit_tiny_patch8 --nb_classes 10 --warmup_epochs 0'.split()
-        common += ['--data_path', self.out / 'labeled', '--finetune', start]
-        probe = f'main_linprobe.py --epochs {setting["probe_epochs"]} --blr 1 4 16'
-        self._script(folder / 'linear', probe, *common)
-        tune = f'main_finetune.py --epochs {setting["finetune_epochs"]} --lr 1e-3 --global_pool'
-        self._script(folder / 'finetune', tune, '--reprob', 0, '--aa', '', *common)
+        for kind, command in self.commands(folder, variant, seed).items():
+            self._script(folder / kind, command)
         logs = {kind: (folder / kind / 'log.txt').read_text() for kind in METRICS}
         top1 = {kind: json.loads(log.splitlines()[-1])['test_acc1'] for kind, log in logs.items()}
         return {**dict(zip(FACTORS, variant)), 'seed': seed, **top1}
 
     # Run one script with ``folder`` as its output_dir; its output goes to output.txt there.
-    # ``line``: the start of the command, split at spaces. ``words``: the rest.
-    def _script(self, folder: Path, line: str, *words: Any) -> None:
+    def _script(self, folder, command):
+        if self.stopped:
+            raise UserError('stopped')
         folder.mkdir(parents=True, exist_ok=True)
-        folders = '--output_dir', folder, '--log_dir', folder
-        command = [str(word) for word in (*line.split(), *words, *folders)]
-        refuse((self.stopped, 'stopped'))
+        command = [*command, '--output_dir', str(folder), '--log_dir', str(folder)]
         gpu = self.gpus.pop(0)  # there is one: each of the ``jobs`` threads runs one script
         with open(folder / 'output.txt', 'a', encoding='utf-8') as output:
             print(f'$ {shlex.join(["python", *command])}', file=output, flush=True)
@@ -110,8 +126,10 @@ class Runs:
         self.processes.append(process)
         status = process.wait()
         self.gpus.append(gpu)
-        message = f'{command[0]} failed with status {status}; see the end of {folder}/output.txt'
-        refuse((status, message))
+        if status:
+            raise UserError(
+                f'{command[0]} failed with status {status}; see the end of {folder}/output.txt'
+            )
 
     def stop(self) -> None:
         """Terminate the scripts. They save a checkpoint first, and the next call resumes."""
