@@ -24,7 +24,7 @@ from util.arguments import (
 )
 from util.checkpoints.checkpointer import Checkpointer
 from util.checkpoints.io import load_pretrained
-from util.cli import Parser, bounded, from_flags, run
+from util.cli import Parser, add_flags, bounded, from_flags, run
 from util.data.loader import build_loaders
 from util.datasets import DataConfig, build_transform
 from util.distributed import distribute
@@ -36,120 +36,90 @@ from util.preemption import Preemption
 from util.runtime import setup
 from util.seeding import seeded
 
-
-def get_args_parser() -> Parser:
-    parser = Parser('main_finetune.py', description=__doc__)
-    add_classifier_arguments(parser, MODELS)
-    group = parser.add_argument_group('fine-tuning')
-    group.add_argument(
-        '--global_pool_wcls',
-        action='store_true',
-        help='classify the mean of all tokens, including the class token',
-    )
-    group.add_argument(
-        '--drop_path',
+FINETUNING = {
+    '--global_pool_wcls': dict(
+        action='store_true', help='classify the mean of all tokens, including the class token'
+    ),
+    '--drop_path': dict(
         default=0.1,
         type=bounded(float, 0, 1, open_high=True),
         metavar='RATE',
         help='stochastic depth rate of the last block; it grows linearly from 0 at the first',
-    )
-    group.add_argument(
-        '--layer_decay',
+    ),
+    '--layer_decay': dict(
         default=0.75,
         type=bounded(float, 0),
         metavar='FACTOR',
         help='the learning rate shrinks by this factor from each layer to the one below',
-    )
-    group.add_argument(
-        '--clip_grad',
+    ),
+    '--clip_grad': dict(
         default=None,
         type=bounded(float, 0),
         metavar='NORM',
         help='clip gradients to this norm; default: do not clip',
-    )
-
-    group = parser.add_argument_group('augmentation')
-    group.add_argument(
-        '--color_jitter',
+    ),
+}
+AUGMENTATION = {
+    '--color_jitter': dict(
         default=None,
         type=bounded(float, 0),
         metavar='FACTOR',
         help="jitter of brightness, contrast and saturation; only with --aa ''; default: none",
-    )
-    group.add_argument(
-        '--aa',
+    ),
+    '--aa': dict(
         default='rand-m9-mstd0.5-inc1',
         metavar='POLICY',
         help="timm's augmentation policy; '' for none",
-    )
-    group.add_argument(
-        '--smoothing',
-        default=0.1,
-        type=bounded(float, 0, 1),
-        metavar='EPS',
-        help='label smoothing',
-    )
-    group.add_argument(
-        '--reprob',
-        default=0.25,
-        type=bounded(float, 0, 1),
-        metavar='P',
-        help='probability of random erasing',
-    )
-    group.add_argument(
-        '--remode',
-        default='pixel',
-        choices=['const', 'rand', 'pixel'],
-        help='fill of erased boxes',
-    )
-    group.add_argument(
-        '--recount', default=1, type=bounded(int, 1), metavar='N', help='number of erased boxes'
-    )
-    group.add_argument(
-        '--resplit', action='store_true', help='accepted for published commands; has no effect'
-    )
-    group.add_argument(
-        '--mixup',
-        default=0.0,
-        type=bounded(float, 0),
-        metavar='ALPHA',
-        help='mixup strength; 0: none',
-    )
-    group.add_argument(
-        '--cutmix',
-        default=0.0,
-        type=bounded(float, 0),
-        metavar='ALPHA',
-        help='cutmix strength; 0: none',
-    )
-    group.add_argument(
-        '--cutmix_minmax',
+    ),
+    '--smoothing': dict(
+        default=0.1, type=bounded(float, 0, 1), metavar='EPS', help='label smoothing'
+    ),
+    '--reprob': dict(
+        default=0.25, type=bounded(float, 0, 1), metavar='P', help='probability of random erasing'
+    ),
+    '--remode': dict(
+        default='pixel', choices=['const', 'rand', 'pixel'], help='fill of erased boxes'
+    ),
+    '--recount': dict(default=1, type=bounded(int, 1), metavar='N', help='number of erased boxes'),
+    '--resplit': dict(action='store_true', help='accepted for published commands; has no effect'),
+    '--mixup': dict(
+        default=0.0, type=bounded(float, 0), metavar='ALPHA', help='mixup strength; 0: none'
+    ),
+    '--cutmix': dict(
+        default=0.0, type=bounded(float, 0), metavar='ALPHA', help='cutmix strength; 0: none'
+    ),
+    '--cutmix_minmax': dict(
         default=None,
         type=bounded(float, 0, 1),
         nargs=2,
         metavar=('MIN', 'MAX'),
         help='side of cutmix boxes relative to the image; enables cutmix; default: from --cutmix',
-    )
-    group.add_argument(
-        '--mixup_prob',
+    ),
+    '--mixup_prob': dict(
         default=1.0,
         type=bounded(float, 0, 1),
         metavar='P',
         help='probability of mixup or cutmix per batch',
-    )
-    group.add_argument(
-        '--mixup_switch_prob',
+    ),
+    '--mixup_switch_prob': dict(
         default=0.5,
         type=bounded(float, 0, 1),
         metavar='P',
         help='probability of cutmix if both are enabled',
-    )
-    group.add_argument(
-        '--mixup_mode',
+    ),
+    '--mixup_mode': dict(
         default='batch',
         choices=['batch', 'pair', 'elem'],
         help='draw the strength per batch, pair or element',
-    )
+    ),
+}
+
+
+def get_args_parser() -> Parser:
+    parser = Parser('main_finetune.py', description=__doc__)
+    add_classifier_arguments(parser, MODELS)
+    add_flags(parser.add_argument_group('fine-tuning'), FINETUNING)
+    add_flags(parser.add_argument_group('augmentation'), AUGMENTATION)
     add_common_arguments(parser, epochs=50, min_lr=1e-6, warmup_epochs=5)
     return parser
 

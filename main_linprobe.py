@@ -23,7 +23,7 @@ from util.arguments import (
 )
 from util.checkpoints.checkpointer import Checkpointer
 from util.checkpoints.io import load_pretrained, save_on_master
-from util.cli import Parser, bounded, from_flags, run
+from util.cli import Parser, add_flags, bounded, from_flags, run
 from util.data.loader import build_loaders
 from util.datasets import DataConfig, build_linprobe_transform
 from util.distributed import distribute
@@ -36,6 +36,23 @@ from util.seeding import seeded
 
 DEFAULT_BLR = {'linear': 0.1, 'attentive': 5e-4}
 
+PROBING = {
+    '--probe': dict(
+        default='linear',
+        choices=PROBES,
+        help='linear: batch norm and a linear classifier, trained by LARS; attentive: a query '
+        'that attends to the patch tokens, then the classifier, trained by AdamW',
+    ),
+    '--blr': dict(
+        default=None,
+        nargs='+',
+        type=bounded(float, 0, 1e9),
+        metavar='LR',
+        help='base learning rates: lr = blr * effective batch / 256; each trains a head of its '
+        'own, all in one pass over the data; default: 0.1, or 5e-4 for the attentive probe',
+    ),
+}
+
 
 def get_args_parser() -> Parser:
     parser = Parser('main_linprobe.py', description=__doc__, conflict_handler='resolve')
@@ -43,23 +60,7 @@ def get_args_parser() -> Parser:
     add_common_arguments(
         parser, batch_size=512, epochs=90, weight_decay=0.0, warmup_epochs=10, num_workers=10
     )
-    group = parser.add_argument_group('probing')
-    group.add_argument(
-        '--probe',
-        default='linear',
-        choices=PROBES,
-        help='linear: batch norm and a linear classifier, trained by LARS; attentive: a query '
-        'that attends to the patch tokens, then the classifier, trained by AdamW',
-    )
-    group.add_argument(
-        '--blr',
-        default=None,
-        nargs='+',
-        type=bounded(float, 0, 1e9),
-        metavar='LR',
-        help='base learning rates: lr = blr * effective batch / 256; each trains a head of its '
-        'own, all in one pass over the data; default: 0.1, or 5e-4 for the attentive probe',
-    )
+    add_flags(parser.add_argument_group('probing'), PROBING)
     return parser
 
 

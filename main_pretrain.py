@@ -14,9 +14,9 @@ from engine_pretrain import train_one_epoch
 from models_milan import MODELS, MaskedAutoencoderViT
 from models_teacher import CLIP_PATH, Teacher, TeacherSpec, build_teacher, check_texts, read_texts
 from util.amp import NativeScalerWithGradNormCount
-from util.arguments import add_common_arguments, add_input_size, check_checkpoint, grid_size_of
+from util.arguments import INPUT_SIZE, add_common_arguments, check_checkpoint, grid_size_of
 from util.checkpoints.checkpointer import Checkpointer
-from util.cli import Parser, bounded, from_flags, run
+from util.cli import Parser, add_flags, bounded, from_flags, run
 from util.data.loader import build_loader
 from util.datasets import DataConfig, build_dataset, build_pretrain_transform, build_transform
 from util.distributed import distribute
@@ -29,113 +29,92 @@ from util.preemption import Preemption
 from util.runtime import Runtime, setup
 from util.seeding import seeded
 
-
-def get_args_parser() -> Parser:
-    parser = Parser('main_pretrain.py', description=__doc__)
-    group = parser.add_argument_group('model')
-    group.add_argument(
-        '--model',
-        default='mae_vit_large_patch16',
-        choices=MODELS,
-        metavar='NAME',
-        help=', '.join(MODELS),
-    )
-    add_input_size(group)
-
-    group = parser.add_argument_group('method (MILAN: all three, MAE: none)')
-    group.add_argument(
-        '--use_clip', action='store_true', help="predict the teacher's features, not pixels"
-    )
-    group.add_argument(
-        '--change_decoder', action='store_true', help="prompting decoder instead of MAE's"
-    )
-    group.add_argument(
-        '--attn_mask',
+MODEL = {
+    '--model': dict(
+        default='mae_vit_large_patch16', choices=MODELS, metavar='NAME', help=', '.join(MODELS)
+    ),
+}
+METHOD = {
+    '--use_clip': dict(action='store_true', help="predict the teacher's features, not pixels"),
+    '--change_decoder': dict(action='store_true', help="prompting decoder instead of MAE's"),
+    '--attn_mask': dict(
         action='store_true',
         help="semantic aware masking: sample visible patches by the teacher's attention",
-    )
-
-    group = parser.add_argument_group('target and masking')
-    group.add_argument(
-        '--mask_ratio',
+    ),
+}
+TARGET = {
+    '--mask_ratio': dict(
         default=0.75,
         type=bounded(float, 0, 1, open_high=True),
         metavar='RATIO',
         help='fraction of patches hidden from the encoder',
-    )
-    group.add_argument(
-        '--norm_pix_loss',
+    ),
+    '--norm_pix_loss': dict(
         action='store_true',
         help='normalize the pixels of each target patch; only for the pixel target',
-    )
-    group.add_argument(
-        '--pixel_target',
+    ),
+    '--pixel_target': dict(
         action='store_true',
         help='predict pixels; use the teacher only to choose which patches stay visible',
-    )
-    group.add_argument(
-        '--average_targets',
+    ),
+    '--average_targets': dict(
         default=1,
         type=bounded(int, 1),
         metavar='K',
         help="average the outputs of the teacher's last K blocks",
-    )
-
-    group = parser.add_argument_group('teacher')
-    group.add_argument(
-        '--clip_path',
-        default=CLIP_PATH,
-        metavar='FILE|NAME',
-        help='CLIP teacher: a file, or a name to download',
-    )
-    group.add_argument(
-        '--teacher',
+    ),
+}
+TEACHER = {
+    '--clip_path': dict(
+        default=CLIP_PATH, metavar='FILE|NAME', help='CLIP teacher: a file, or a name to download'
+    ),
+    '--teacher': dict(
         default='',
         metavar='NAME',
         help='teacher instead of --clip_path: a CLIP name or any timm ViT, such as '
         'vit_base_patch16_siglip_224; its input is resized to the patch grid of --model',
-    )
-    group.add_argument(
-        '--teacher_path',
-        default='',
-        metavar='FILE',
-        help="weights of --teacher; default: from timm's hub",
-    )
-    group.add_argument(
-        '--use_clip_dino',
-        action='store_true',
-        help='DINO as the teacher, from dino_vitbase16_pretrain.pth',
-    )
-    group.add_argument(
-        '--use_clip_slip',
-        action='store_true',
-        help='SLIP as the teacher, from slip_vit_base_16.pth.tar',
-    )
-    group.add_argument(
-        '--teacher_norm',
+    ),
+    '--teacher_path': dict(
+        default='', metavar='FILE', help="weights of --teacher; default: from timm's hub"
+    ),
+    '--use_clip_dino': dict(
+        action='store_true', help='DINO as the teacher, from dino_vitbase16_pretrain.pth'
+    ),
+    '--use_clip_slip': dict(
+        action='store_true', help='SLIP as the teacher, from slip_vit_base_16.pth.tar'
+    ),
+    '--teacher_norm': dict(
         default='imagenet',
         choices=['imagenet', 'own'],
         help="normalization of the teacher's input: ImageNet statistics (as published), or the "
         "teacher's own",
-    )
-
-    group = parser.add_argument_group('visualization')
-    group.add_argument(
-        '--vis_every',
+    ),
+}
+VISUALIZATION = {
+    '--vis_every': dict(
         default=0,
         type=bounded(int, 0),
         metavar='N',
         help='log masks, features and predictions of a few images to TensorBoard after every '
         'N-th epoch and the last; 0: never',
-    )
-    group.add_argument(
-        '--vis_text',
+    ),
+    '--vis_text': dict(
         nargs='+',
         default=[],
         metavar='TEXT',
         help='with --vis_every and a CLIP teacher: log how well each text fits the teacher tokens '
         'and the predictions for hidden patches',
-    )
+    ),
+}
+
+
+def get_args_parser() -> Parser:
+    parser = Parser('main_pretrain.py', description=__doc__)
+    add_flags(parser.add_argument_group('model'), MODEL, INPUT_SIZE)
+    add_flags(parser.add_argument_group('method (MILAN: all three, MAE: none)'), METHOD)
+    add_flags(parser.add_argument_group('target and masking'), TARGET)
+    add_flags(parser.add_argument_group('teacher'), TEACHER)
+    add_flags(parser.add_argument_group('visualization'), VISUALIZATION)
     add_common_arguments(parser, epochs=400, warmup_epochs=40)
     return parser
 

@@ -18,14 +18,14 @@ from models_probe import build_encoder
 from models_vit import MODELS
 from util.amp import autocast
 from util.arguments import (
-    add_data_arguments,
-    add_device_arguments,
+    DATA,
+    DEVICE,
+    PRINT_FREQ,
+    PROCESSES,
     add_encoder_arguments,
-    add_print_freq,
-    add_process_arguments,
     check_checkpoint,
 )
-from util.cli import Parser, bounded, from_flags, run
+from util.cli import Parser, add_flags, bounded, from_flags, run
 from util.data.loader import build_loader
 from util.datasets import (
     DataConfig,
@@ -100,37 +100,36 @@ def accuracies(
     return dict(zip(ks, map(tuple, (100 * hits / len(targets)).tolist())))
 
 
+FLAGS = {
+    '--k': {
+        'nargs': '+',
+        'default': [10, 20, 100, 200],
+        'type': bounded(int, 1),
+        'metavar': 'K',
+        'help': 'training images that vote; default: 10 20 100 200',
+    },
+    '--temperature': {
+        'default': 0.07,
+        'type': bounded(float, 1e-6),
+        'metavar': 'T',
+        'help': 'a vote counts exp(similarity / temperature)',
+    },
+    '--json': {'metavar': 'FILE', 'help': 'also write the accuracies to this file'},
+    '--batch_size': {
+        'default': 128,
+        'type': bounded(int, 1),
+        'metavar': 'N',
+        'help': 'images per process and step',
+    },
+}
+
+
 def get_args_parser() -> Parser:
     parser = Parser('python -m tools.knn', description=__doc__)
     add_encoder_arguments(parser, MODELS)
-    group = parser.add_argument_group('neighbors')
-    for flag, options in {
-        '--k': {
-            'nargs': '+',
-            'default': [10, 20, 100, 200],
-            'type': bounded(int, 1),
-            'metavar': 'K',
-            'help': 'training images that vote; default: 10 20 100 200',
-        },
-        '--temperature': {
-            'default': 0.07,
-            'type': bounded(float, 1e-6),
-            'metavar': 'T',
-            'help': 'a vote counts exp(similarity / temperature)',
-        },
-        '--json': {'metavar': 'FILE', 'help': 'also write the accuracies to this file'},
-        '--batch_size': {
-            'default': 128,
-            'type': bounded(int, 1),
-            'metavar': 'N',
-            'help': 'images per process and step',
-        },
-    }.items():
-        group.add_argument(flag, **options)
-    add_device_arguments(group)
-    add_print_freq(group)
-    add_data_arguments(parser.add_argument_group('data'))
-    add_process_arguments(parser)
+    add_flags(parser.add_argument_group('neighbors'), FLAGS, DEVICE, PRINT_FREQ)
+    add_flags(parser.add_argument_group('data'), DATA)
+    add_flags(parser.add_argument_group('processes (set by the launchers)'), PROCESSES)
     parser.set_defaults(num_workers=10)
     return parser
 

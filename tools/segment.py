@@ -19,14 +19,9 @@ from torchvision.transforms import v2
 from models_probe import build_encoder
 from models_vit import MODELS, VisionTransformer
 from util.amp import NativeScalerWithGradNormCount, autocast
-from util.arguments import (
-    add_device_arguments,
-    add_encoder_arguments,
-    add_print_freq,
-    check_checkpoint,
-)
-from util.cli import Parser, bounded, run
-from util.data.image_file import read_image
+from util.arguments import DEVICE, PRINT_FREQ, add_encoder_arguments, check_checkpoint
+from util.cli import Parser, add_flags, bounded, run
+from util.data.image_file import ImageFile
 from util.data.loader import EpochSampler
 from util.datasets import BICUBIC, image_folder, normalize
 from util.errors import UserError, first_line, refuse
@@ -90,7 +85,7 @@ class ImagesAndMasks(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         paths = self.pairs[key[1]]
         try:
-            image = v2.functional.pil_to_tensor(read_image(paths[0]))
+            image = v2.functional.pil_to_tensor(ImageFile(paths[0]).rgb())
             mask = v2.functional.pil_to_tensor(Image.open(paths[1])).long()
             largest = mask.where(mask != IGNORED, 0).max().item()
             refuse(
@@ -161,33 +156,27 @@ def evaluate(
     return 100 * iou.nanmean().item(), 100 * (counts.trace() / counts.sum()).item()
 
 
+FLAGS = {
+    '--batch_size': dict(default=16, type=bounded(int, 1), metavar='N', help='images per step'),
+    '--epochs': dict(default=10, type=bounded(int, 1), metavar='N', help='number of epochs'),
+    '--lr': dict(
+        default=1e-3,
+        type=bounded(float, 0),
+        metavar='LR',
+        help='learning rate of AdamW; it falls to 0 along a half cosine',
+    ),
+    '--weight_decay': dict(default=0.01, type=bounded(float, 0), metavar='W', help='of AdamW'),
+    '--data_path': dict(
+        metavar='DIR', help='folder with images/ and masks/, train/ and val/ in each'
+    ),
+    '--num_workers': dict(default=8, type=bounded(int, 0), metavar='N', help='data-loader workers'),
+}
+
+
 def get_args_parser() -> Parser:
     parser = Parser('python -m tools.segment', description=__doc__)
     add_encoder_arguments(parser, MODELS, pooling=False)
-    group = parser.add_argument_group('training and data')
-    for flag, default, kind, metavar, text in (
-        ('--batch_size', 16, bounded(int, 1), 'N', 'images per step'),
-        ('--epochs', 10, bounded(int, 1), 'N', 'number of epochs'),
-        (
-            '--lr',
-            1e-3,
-            bounded(float, 0),
-            'LR',
-            'learning rate of AdamW; it falls to 0 along a half cosine',
-        ),
-        ('--weight_decay', 0.01, bounded(float, 0), 'W', 'of AdamW'),
-        (
-            '--data_path',
-            None,
-            str,
-            'DIR',
-            'folder with images/ and masks/, train/ and val/ in each',
-        ),
-        ('--num_workers', 8, bounded(int, 0), 'N', 'data-loader workers'),
-    ):
-        group.add_argument(flag, default=default, type=kind, metavar=metavar, help=text)
-    add_print_freq(group)
-    add_device_arguments(group)
+    add_flags(parser.add_argument_group('training and data'), FLAGS, PRINT_FREQ, DEVICE)
     return parser
 
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from util.cli import Parser, bounded, run
+from util.cli import Parser, add_flags, bounded, run
 from util.datasets import check_data_flags
 from util.errors import UserError, as_user_error, refuse
 from util.lr_sched import absolute_lr
@@ -149,8 +149,7 @@ def get_args_parser() -> Parser:
         allow_abbrev=False,
         usage='python -m tools.slurm SCRIPT [flags] -- [flags of SCRIPT]',
     )
-    for names, options in FLAGS.items():
-        parser.add_argument(*names.split(), **options)
+    add_flags(parser, FLAGS)
     return parser
 
 
@@ -246,7 +245,8 @@ def main(args: argparse.Namespace) -> None:
     # is read when submitit is imported, also by the processes of the job.
     os.environ['SUBMITIT_PREEMPT_SIGNAL'] = 'USR1'
     with as_user_error(
-        'the job could not be submitted; this needs submitit, and Slurm or --cluster local',
+        'the job could not be submitted; this needs submitit (pip install submitit), and Slurm or '
+        '--cluster local',
         ImportError,
         OSError,
         RuntimeError,

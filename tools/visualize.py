@@ -27,7 +27,7 @@ from models_teacher import (
 )
 from util import panels
 from util.checkpoints.io import difference, read_weights
-from util.cli import Parser, bounded, run
+from util.cli import Parser, add_flags, bounded, run
 from util.data.image_file import ImageFile, UnreadableImage
 from util.datasets import build_transform, normalize
 from util.errors import UserError, as_user_error, refuse
@@ -326,11 +326,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(
         'python -m tools.visualize', description=__doc__.split('\n\n')[0], allow_abbrev=False
     )
-    for flag, options in FLAGS.items():
-        parser.add_argument(flag, **options)
+    add_flags(parser, FLAGS)
     group = parser.add_argument_group('model settings (default: read from the checkpoint)')
-    for flag, options in SETTINGS.items():
-        group.add_argument(flag, **options)
+    add_flags(group, SETTINGS)
     return parser
 
 

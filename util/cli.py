@@ -70,6 +70,16 @@ def bounded(
     return convert
 
 
+def add_flags(group: argparse._ActionsContainer, *tables: dict[str, dict[str, Any]]) -> None:
+    """Add flags to a parser or a group of one.
+
+    Args:
+        tables: the names of a flag, separated by spaces -> the options of add_argument.
+    """
+    for names, options in (flag for table in tables for flag in table.items()):
+        group.add_argument(*names.split(), **options)
+
+
 def from_flags(cls: type[T], flags: argparse.Namespace, /, **values: Any) -> T:
     """Fill a dataclass from the flags that have its fields' names.
 

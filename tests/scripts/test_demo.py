@@ -30,7 +30,7 @@ def in_this_process(monkeypatch):
 @pytest.mark.slow
 def test_demo(tmp_path, in_this_process):
     out = ok(script('tools.demo.run')('--output_dir', tmp_path / 'demo', '--quick'))
-    assert out.count('=== done in') == 11
+    assert out.count('=== done in') == 8
     for name in ('figure.png', 'text_query.png', 'loss.png', 'results.png'):
         with Image.open(tmp_path / 'demo' / name) as image:
             assert image.size[0] >= 500

@@ -35,9 +35,6 @@ PROGRAMS = {
     'tools.download': (2, '--output_dir out', ''),
     'tools.benchmark': (1, 'nothing', ''),
     'tools.ablation': (1, '--data_path FILE:data --report', ''),  # else it could download
-    'tools.demo.draw': (1, '--quick', ''),
-    'tools.demo.figure': (1, '', ''),
-    'tools.demo.train_clip': (1, '--quick', ''),
     'tools.demo.run': (1, '', '--output_dir FILE:text.pth'),
 }
 PROGRAMS = {

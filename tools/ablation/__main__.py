@@ -29,7 +29,7 @@ from PIL import Image
 import models_tiny_clip
 from tools.ablation import report
 from tools.ablation.runs import Runs
-from util.cli import Parser, bounded, run
+from util.cli import Parser, add_flags, bounded, run
 from util.errors import UserError, as_user_error, refuse
 from util.files import atomic_write_text
 
@@ -195,8 +195,7 @@ FLAGS = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser('python -m tools.ablation', description=__doc__)
-    for name, options in FLAGS.items():
-        parser.add_argument(name, **options)
+    add_flags(parser, FLAGS)
     return parser
 
 

@@ -25,7 +25,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,10 +40,10 @@ import clip
 import main_pretrain
 from tools.benchmark import step
 from util.arguments import grid_size_of
-from util.cli import Parser, bounded, from_flags, run
+from util.cli import Parser, add_flags, bounded, from_flags, run
 from util.data.loader import build_loader
 from util.datasets import BICUBIC, DataConfig, build_dataset, build_pretrain_transform, image_folder
-from util.errors import refuse
+from util.errors import UserError
 from util.files import atomic_write_text
 from util.run_info import describe_machine, describe_versions
 from util.runtime import setup
@@ -55,7 +54,8 @@ def _image_files(data_path):
     root = image_folder(data_path, 'train')
     extensions = datasets.folder.IMG_EXTENSIONS
     files = sorted(p for p in Path(root).rglob('*') if p.suffix.lower() in extensions)
-    refuse((not files, f'--data_path: there are no images in the class folders of {root}'))
+    if not files:
+        raise UserError(f'--data_path: there are no images in the class folders of {root}')
     return files
 
 
@@ -187,8 +187,6 @@ def _log_lines(command, seconds, threads):
         start_new_session=True,
         env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
     ) as process:
-        limit = threading.Timer(seconds + 240, os.killpg, (process.pid, signal.SIGKILL))
-        limit.start()
         found, last, begin = [], '', None
         try:
             for line in process.stdout:
@@ -199,53 +197,45 @@ def _log_lines(command, seconds, threads):
                     if len(found) > 1 and time.perf_counter() - begin >= seconds:
                         break
         finally:
-            limit.cancel()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # including the workers of its loader
-    message = f'main_pretrain.py ended or hung before its second log line; its last output: {last}'
-    refuse((len(found) < 2, message))
+    if len(found) < 2:
+        raise UserError(
+            f'main_pretrain.py ended before its second log line; its last output: {last}'
+        )
     return found[1:]
 
 
 # ---- command ----
 
 
-def get_args_parser() -> Parser:
-    parser = Parser('python -m tools.benchmark', description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        'what', choices=['step', 'data', 'train', 'all'], help='what to measure, see above'
-    )
-    count = bounded(int, 1)
-    parser.add_argument(
-        '--rounds', type=count, default=5, metavar='N', help='rounds per measurement'
-    )
-    parser.add_argument(
-        '--steps',
-        type=count,
+COUNT = bounded(int, 1)
+FLAGS = {
+    'what': dict(choices=['step', 'data', 'train', 'all'], help='what to measure, see above'),
+    '--rounds': dict(type=COUNT, default=5, metavar='N', help='rounds per measurement'),
+    '--steps': dict(
+        type=COUNT,
         default=10 if torch.cuda.is_available() else 2,
         metavar='N',
         help='step: training steps per round',
-    )
-    parser.add_argument(
-        '--images', type=count, default=512, metavar='N', help='data: images per core and round'
-    )
-    parser.add_argument(
-        '--seconds',
+    ),
+    '--images': dict(type=COUNT, default=512, metavar='N', help='data: images per core and round'),
+    '--seconds': dict(
         type=bounded(float, 0),
         default=60,
         metavar='S',
         help='train: how long to run after the first log line',
-    )
-    parser.add_argument(
-        '--threads',
-        type=count,
-        default=torch.get_num_threads(),
-        metavar='N',
-        help="PyTorch's threads",
-    )
-    parser.add_argument(
-        '--json', metavar='FILE', help='write all figures, the machine, versions and the command'
-    )
+    ),
+    '--threads': dict(
+        type=COUNT, default=torch.get_num_threads(), metavar='N', help="PyTorch's threads"
+    ),
+    '--json': dict(metavar='FILE', help='write all figures, the machine, versions and the command'),
+}
+
+
+def get_args_parser() -> Parser:
+    parser = Parser('python -m tools.benchmark', description=__doc__, allow_abbrev=False)
+    add_flags(parser, FLAGS)
     return parser
 
 
@@ -267,12 +257,8 @@ def main(args: argparse.Namespace, pretrain_flags: Sequence[str] = ()) -> None:
     flags += [*pretrain_flags, '--use_clip', '--change_decoder', '--attn_mask']
     flags += ['--output_dir', '', '--log_dir', '']
     pretrain = parse(flags)
-    refuse(
-        (
-            pretrain.teacher or pretrain.use_clip_dino or pretrain.use_clip_slip,
-            'the textbook side has a CLIP teacher only: give --clip_path, or no teacher',
-        )
-    )
+    if pretrain.teacher or pretrain.use_clip_dino or pretrain.use_clip_slip:
+        raise UserError('the textbook side has a CLIP teacher only: give --clip_path, or none')
     if args.what != 'step':
         _image_files(pretrain.data_path)  # so that an error comes now and not after minutes
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,6 @@ color nor any single pixel reveals the class.
     python -m tools.demo.draw --output_dir demo_output
 """
 
-import argparse
 import json
 import math
 import random
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from util import cli, errors, files
+from util import files
 
 SIZE = 64  # pixels per side of a finished image
 SCALE = 3  # images are drawn this much larger and then reduced, which smooths edges
@@ -196,55 +195,20 @@ def _save_image(index, seed, split, out):
     return json.dumps({'file': file, 'caption': caption, 'class': name}) + '\n'
 
 
-# ---- command ----
-
-
-def demo_parser(command: str, description: str, quick: str = '') -> argparse.ArgumentParser:
-    """Return the parser of a command of the demo.
+def draw_data(out: Path, seed: int, share: float = 1.0) -> None:
+    """Write data/SPLIT/CLASS/*.png and captions_SPLIT.jsonl for both splits.
 
     Args:
-        command: the module in tools.demo.
-        description: text of --help.
-        quick: help of --quick. Default: the command has neither --seed nor --quick.
+        out: folder for them.
+        seed: of all draws.
+        share: fraction of the images to draw.
     """
-    parser = cli.Parser(f'python -m tools.demo.{command}', description=description)
-    parser.add_argument(
-        '--output_dir',
-        type=Path,
-        default='demo_output',
-        metavar='DIR',
-        help='folder of all files of the demo',
-    )
-    if quick:
-        parser.add_argument(
-            '--seed',
-            type=cli.bounded(int, 0, 2**63 - 1),
-            default=0,
-            metavar='N',
-            help='seed of all draws',
-        )
-        parser.add_argument('--quick', action='store_true', help=quick)
-    return parser
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    return demo_parser('draw', __doc__, 'a tenth of the images')
-
-
-# Write data/SPLIT/CLASS/*.png and captions_SPLIT.jsonl for both splits.
-@errors.as_user_error('--output_dir cannot be written to', OSError)
-def main(args: argparse.Namespace) -> None:
-    out = args.output_dir
     for split, count in (('train', 4500), ('val', 640)):
-        count = count // 10 if args.quick else count
+        count = int(count * share)
         for name in CLASSES:
             (out / 'data' / split / name).mkdir(parents=True, exist_ok=True)
-        save = partial(_save_image, seed=args.seed, split=split, out=out)
+        save = partial(_save_image, seed=seed, split=split, out=out)
         with ProcessPoolExecutor(2) as pool:
             lines = ''.join(pool.map(save, range(count), chunksize=50))
         files.atomic_write_text(out / f'captions_{split}.jsonl', lines)
-        print(f'{count} images of {len(CLASSES)} classes in {out}/data/{split}')
-
-
-if __name__ == '__main__':
-    cli.run(main, get_args_parser().parse_args())
+        print(f'{count} images of {len(CLASSES)} classes in {out}/data/{split}', flush=True)

@@ -1,10 +1,7 @@
-"""Draw the demo's figures: masks, text queries, the loss, and the results.
+"""Draw the demo's figures: masks, text queries, the loss, and the results."""
 
-python -m tools.demo.figure --output_dir demo_output
-"""
-
-import argparse
 import json
+from pathlib import Path
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import clip
 from models_milan import MODELS
 from models_teacher import Teacher, read_texts
-from tools.demo.draw import CLASSES, demo_parser
+from tools.demo.draw import CLASSES
 from tools.demo.train_clip import PROMPT, load_split
-from util import cli, datasets, errors, masking, panels
+from util import datasets, masking, panels
 from util.checkpoints.io import read_weights
 from util.data.image_file import ImageFile
 
@@ -113,20 +110,14 @@ def _draw_plots(out):
     ax.figure.savefig(out / 'results.png')
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    return demo_parser('figure', __doc__)
+def draw_figures(out: Path) -> None:
+    """Write all figures. ``out`` has the other files of the demo.
 
-
-def main(args: argparse.Namespace) -> None:
-    out = args.output_dir
+    Raises:
+        UserError: if matplotlib is not installed.
+    """
     clip_path = str(out / 'clip_demo.pth.tar')
-    context = f'--output_dir {out}: the figures need all files of python -m tools.demo.run'
-    with errors.as_user_error(context, OSError, ValueError, KeyError):
-        teacher = Teacher(clip.load(clip_path, 'cpu')[0].visual)
-        _draw_masks(out, teacher)
-        _draw_text_query(out, teacher, clip_path)
-        _draw_plots(out)
-
-
-if __name__ == '__main__':
-    cli.run(main, get_args_parser().parse_args())
+    teacher = Teacher(clip.load(clip_path, 'cpu')[0].visual)
+    _draw_masks(out, teacher)
+    _draw_text_query(out, teacher, clip_path)
+    _draw_plots(out)

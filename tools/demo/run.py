@@ -15,12 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-from tools.demo.draw import CLASSES, demo_parser
+from tools.demo.draw import CLASSES, draw_data
+from tools.demo.figure import draw_figures
+from tools.demo.train_clip import train_teacher
 from util import cli, errors, files
 
 # Everything that the demo writes, and may therefore delete.
 OUTPUTS = """data labeled milan mae linear finetune captions_train.jsonl captions_val.jsonl
-    clip_demo.pth.tar teacher.json results.json figure.png loss.png results.png
+    clip_demo.pth.tar results.json figure.png loss.png results.png
     text_query.png""".split()
 EPOCHS = 2  # of pretraining
 
@@ -74,7 +76,25 @@ def _folders(data, out):
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    return demo_parser('run', __doc__, 'few images and steps, to test that everything works')
+    parser = cli.Parser('python -m tools.demo.run', description=__doc__)
+    parser.add_argument(
+        '--output_dir',
+        type=Path,
+        default='demo_output',
+        metavar='DIR',
+        help='folder of all files of the demo',
+    )
+    parser.add_argument(
+        '--seed',
+        type=cli.bounded(int, 0, 2**63 - 1),
+        default=0,
+        metavar='N',
+        help='seed of all draws',
+    )
+    parser.add_argument(
+        '--quick', action='store_true', help='few images and steps, to test that everything works'
+    )
+    return parser
 
 
 # Run all stages, and print the results.
@@ -82,16 +102,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     begin, out = time.time(), args.output_dir
     clear(out)
-    seed, teacher = ['--seed', args.seed], out / 'clip_demo.pth.tar'
-    common = ['--input_size', 64, '--device', 'cpu', '--num_workers', 2, *seed]
-    flags = ['--output_dir', out, *seed, *['--quick'] * args.quick]
+    teacher = out / 'clip_demo.pth.tar'
+    common = ['--input_size', 64, '--device', 'cpu', '--num_workers', 2, '--seed', args.seed]
     print('\n=== 1/7 Drawing captioned images: textured shapes on varied backgrounds')
-    run('-m', 'tools.demo.draw', *flags)
+    draw_data(out, args.seed, 0.1 if args.quick else 1)
     # labeled/ has the first training images per class, and the whole val/, whose classes are small
     data, labeled, per_class = out / 'data', out / 'labeled', 8 if args.quick else 125
     shutil.copytree(data, labeled, ignore=lambda folder, names: sorted(names)[per_class:])
     print('\n=== 2/7 Training the teacher, a small CLIP, from scratch on images and captions')
-    teacher_seconds = run('-m', 'tools.demo.train_clip', *flags)
+    start = time.time()
+    zero_shot = train_teacher(out, args.seed, 20 if args.quick else 600)
+    teacher_seconds = time.time() - start
 
     methods = {
         'MILAN': ['--clip_path', teacher, '--use_clip', '--change_decoder', '--attn_mask'],
@@ -113,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
             row[kind] = {'top1': last['test_acc1'], 'seconds': seconds}
 
     results = {
-        'teacher': json.loads((out / 'teacher.json').read_text())['zero_shot'],
+        'teacher': zero_shot,
         'seed': args.seed,
         'teacher_seconds': teacher_seconds,
         'images': len(list((data / 'val').rglob('*.png'))),
@@ -122,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
     }
     files.atomic_write_text(out / 'results.json', json.dumps(results, indent=2))
     print('\n=== 7/7 Drawing the figures')
-    run('-m', 'tools.demo.figure', '--output_dir', out)
+    draw_figures(out)
 
     print(f'\n{"start":16}{"pretraining":>14}{"linear top-1":>22}{"fine-tuned top-1":>22}')
     for name, row in starts.items():

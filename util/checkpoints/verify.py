@@ -154,12 +154,13 @@ def check_training_state(checkpoint: dict, optimizer: torch.optim.Optimizer) -> 
         params.update(zip(theirs['params'], ours['params']))
         pairs += [(k, value, theirs.get(k)) for k, value in ours.items() if k != 'params']
     for i, state in saved['state'].items():
-        for name in _REQUIRED.get(type(optimizer).__name__, set()) | state.keys():
-            value = state.get(name)
-            if name == 'step' and _is_like(torch.zeros(()), value):
+        required = _REQUIRED.get(type(optimizer).__name__, set())
+        for name in required | state.keys():
+            value, may_be_number = state.get(name), name == 'step' or name not in required
+            if may_be_number and _is_like(torch.zeros(()), value):
                 value = value.item()  # old releases have a number
-            example = 0.0 if name == 'step' else params[i]
-            pairs.append((f'{name} of parameter {i}', example, value))
+            is_number = name == 'step' or may_be_number and isinstance(value, float)
+            pairs.append((f'{name} of parameter {i}', 0.0 if is_number else params[i], value))
     for name, example, value in pairs:
         if not _is_like(example, value) or name.startswith('step of') and value % 1:
             raise UserError(f'{name} is missing, or has another type, range or shape')
