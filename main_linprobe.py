@@ -34,7 +34,8 @@ from util.preemption import Preemption
 from util.runtime import setup
 from util.seeding import seeded
 
-DEFAULT_BLR = {'linear': 0.1, 'attentive': 5e-4}
+DEFAULT_BLR = [0.1]  # as published, of the linear probe
+ATTENTIVE_BLR = [5e-4]
 
 PROBING = {
     '--probe': dict(
@@ -44,7 +45,7 @@ PROBING = {
         'that attends to the patch tokens, then the classifier, trained by AdamW',
     ),
     '--blr': dict(
-        default=None,
+        default=DEFAULT_BLR,
         nargs='+',
         type=bounded(float, 0, 1e9),
         metavar='LR',
@@ -64,14 +65,16 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def base_rates(probe: str, blr: list[float] | None) -> list[float]:
+def base_rates(probe: str, blr: list[float]) -> list[float]:
     """Return the base learning rates in order, each once.
 
     Args:
         probe: key of PROBES.
-        blr: the flag. None: the default of the probe.
+        blr: the flag.
     """
-    return sorted(set(blr or [DEFAULT_BLR[probe]]))
+    if blr is DEFAULT_BLR and probe == 'attentive':  # this very list, if the flag is not given
+        blr = ATTENTIVE_BLR
+    return sorted(set(blr))
 
 
 def check(args: argparse.Namespace) -> None:

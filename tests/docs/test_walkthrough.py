@@ -5,12 +5,15 @@ import contextlib
 import io
 import re
 
+import pytest
+
 from tests.docs.pages import page
 from tests.helpers import ok, pretrain
 
 PAGE = page('docs/walkthrough.md')
 
 
+@pytest.mark.slow
 def test_code_blocks_print_the_output_shown():
     blocks = re.findall(r'```python\n(.*?)```\n\n(?:```text\n(.*?)```)?', PAGE, re.DOTALL)
     assert len(blocks) == PAGE.count('```python')

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from tests.helpers import ok, one_error_line, run, script
+from tests.helpers import ok, one_error_line, script
 from tools.demo import draw
 from tools.demo import run as demo
 from util.errors import UserError
@@ -49,8 +49,7 @@ def test_failing_script(capfd):
 
 def test_output_dir_is_a_file(tmp_path):
     (tmp_path / 'file').touch()
-    result = run(sys.executable, '-m', 'tools.demo.run', '--output_dir', tmp_path / 'file')
-    one_error_line(result, '--output_dir')
+    one_error_line(script('tools.demo.run')('--output_dir', tmp_path / 'file'), '--output_dir')
 
 
 def test_clear_deletes_only_outputs_of_the_demo(tmp_path):
