@@ -3,8 +3,6 @@
 The class of an image is the pattern on its object, such as 'zigzag'. Shape, color, size, angle,
 position, background and scattered specks are drawn independently of it, so that neither the mean
 color nor any single pixel reveals the class.
-
-    python -m tools.demo.draw --output_dir demo_output
 """
 
 import json
