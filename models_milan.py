@@ -294,8 +294,8 @@ class MaskedAutoencoderViT(nn.Module):
                 count_visible.
             teacher_out: (tokens [N, L+1, D_t], importance [N, L]) of the teacher for these
                 images. use_clip needs the tokens, attn_mask the importance.
-            ids_shuffle: [N, L], order of the patches, visible ones first. The engine decides it;
-                None draws one in the same way, with torch's global generator.
+            ids_shuffle: [N, L], order of the patches, visible ones first. The engine passes it;
+                None draws it in the same way, with torch's global generator.
             return_pred: False skips pred and mask; training only needs the loss.
 
         Returns:
@@ -318,9 +318,9 @@ class MaskedAutoencoderViT(nn.Module):
             )
         if self.use_clip and tokens is None:
             raise ValueError("use_clip needs the teacher's tokens: pass teacher_out")
+        if self.attn_mask and importance is None:
+            raise ValueError("attn_mask needs the teacher's importance: pass teacher_out")
         if ids_shuffle is None:
-            if self.attn_mask and importance is None:
-                raise ValueError("attn_mask needs the teacher's importance: pass teacher_out")
             noise = torch.rand(n, length, device=imgs.device).clamp_min(1e-12)
             ids_shuffle = patch_order(noise, importance if self.attn_mask else None)
 

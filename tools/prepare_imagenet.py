@@ -201,10 +201,11 @@ def read_devkit(path: str) -> dict[int, str]:
         f'--devkit {path} needs SciPy: pip install scipy, or pass --val_labels instead', ImportError
     ):
         from scipy.io import loadmat  # only the devkit needs it, so it is not a requirement
+    file = _file('--devkit', path)
     with (
         # the parsers raise many types on a damaged file
         as_user_error(f'--devkit {path} is damaged; download it again', Exception),
-        tarfile.open(_file('--devkit', path)) as tar,
+        tarfile.open(file) as tar,
     ):
         members = {
             PurePosixPath(member.name).name: member
@@ -212,8 +213,8 @@ def read_devkit(path: str) -> dict[int, str]:
             if member.isfile() and member.size <= LARGEST_LIST
         }
         meta, truth = (
-            tar.extractfile(members[file])
-            for file in ('meta.mat', 'ILSVRC2012_validation_ground_truth.txt')
+            tar.extractfile(members[name])
+            for name in ('meta.mat', 'ILSVRC2012_validation_ground_truth.txt')
         )
         wnids = {
             int(s['ILSVRC2012_ID']): re.fullmatch(WNID, str(s['WNID']))[0]

@@ -114,6 +114,9 @@ class Task:
             os.environ['MASTER_ADDR'] = '127.0.0.1'  # some machines cannot resolve their own name
         if job.num_tasks > 1:
             os.environ.setdefault('OMP_NUM_THREADS', '1')  # as torchrun does
+        # the signal that the job was submitted with
+        requeue_signal = getattr(signal, f'SIG{submitit.JobEnvironment.USR_SIG}')
+        requeue = signal.getsignal(requeue_signal)
         process, received = subprocess.Popen(self.command), []
 
         def _forward(number, frame):
@@ -121,7 +124,8 @@ class Task:
             process.send_signal(number)
 
         try:
-            submitits = {number: signal.signal(number, _forward) for number in SIGNALS}
+            for number in SIGNALS:
+                signal.signal(number, _forward)
             status = process.wait()
         finally:
             process.kill()
@@ -129,12 +133,13 @@ class Task:
             if job.global_rank > 0:
                 sys.exit(0)  # with another status, srun might kill rank 0 before it requeues
             # SIGTERM comes from a preemption, or from scancel; after scancel, the job no longer
-            # counts as running. The local executor has no squeue to ask.
-            unknown, state = subprocess.getstatusoutput(
-                f'squeue --noheader --format=%T --jobs {job.job_id}'
-            )
-            if state == 'RUNNING' or (unknown and signal.SIGTERM not in received):
-                submitits[signal.SIGUSR1](signal.SIGUSR1, None)
+            # counts as running.
+            command = ['squeue', '--noheader', '--format=%T', '--jobs', job.job_id]
+            state = ''
+            if job.cluster == 'slurm':
+                state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+            if state == 'RUNNING' or (not state and signal.SIGTERM not in received):
+                requeue(requeue_signal, None)
         if status:
             sys.exit(status if status > 0 else 128 - status)
 
@@ -156,7 +161,13 @@ def get_args_parser() -> Parser:
 def parse(words: list[str]) -> argparse.Namespace:
     """Parse a command line. The words after the first -- become ``flags``."""
     end = [*words, '--'].index('--')
-    return get_args_parser().parse_args(words[:end], argparse.Namespace(flags=words[end + 1 :]))
+    parser, flags = get_args_parser(), argparse.Namespace(flags=words[end + 1 :])
+    args, unknown = parser.parse_known_args(words[:end], flags)
+    if unknown:
+        parser.error(
+            f'unrecognized arguments: {" ".join(unknown)}; flags of the script go after --'
+        )
+    return args
 
 
 # The command of each process of the job, and the parameters of submitit's executors.
@@ -244,15 +255,10 @@ def main(args: argparse.Namespace) -> None:
     # The scripts know USR1. submitit's default, USR2, would end their loader workers. The variable
     # is read when submitit is imported, also by the processes of the job.
     os.environ['SUBMITIT_PREEMPT_SIGNAL'] = 'USR1'
-    with as_user_error(
-        'the job could not be submitted; this needs submitit (pip install submitit), and Slurm or '
-        '--cluster local',
-        ImportError,
-        OSError,
-        RuntimeError,
-    ):
+    with as_user_error('a package is missing: pip install submitit', ImportError):
         import submitit
-
+    context = 'the job could not be submitted (without Slurm, try --cluster local)'
+    with as_user_error(context, OSError, RuntimeError):
         executor = submitit.AutoExecutor(
             args.job_dir or os.path.join(flags.output_dir or '.', 'slurm'),
             cluster=args.cluster,

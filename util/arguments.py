@@ -305,5 +305,7 @@ def check_start(resume: str, finetune: str, evaluates: bool) -> None:
         UserError: if a file is missing, or --eval has nothing to evaluate.
     """
     if evaluates and not (resume or finetune):
-        raise UserError('--eval needs a checkpoint to evaluate: give --resume FILE')
+        raise UserError(
+            '--eval has no checkpoint to evaluate: give --resume FILE (auto looks in --output_dir)'
+        )
     check_checkpoint(*(('--resume', resume) if resume else ('--finetune', finetune)))

@@ -227,7 +227,7 @@ def check_classes(
             (
                 names != known[0],
                 f'--data_path {data_path}: training and validation set have different classes; '
-                f'{min(set(names) ^ set(known[0]), default=names[0])} is in one of them only',
+                f'{min(set(names) ^ set(known[0]), default="")} is in one of them only',
             ),
             (
                 len(names) != num_classes,

@@ -202,7 +202,7 @@ class EpochLog:
     ) -> None:
         self.tag, self.epoch, self.epochs, self.steps = tag, epoch, epochs, steps
         self.log_writer, self.accum_iter = log_writer, accum_iter
-        # a line ends with a whole update, so that all of its batches are known if it was skipped
+        # A line follows a whole update, so that a skipped update is reported with all its batches.
         self.print_freq = math.ceil(print_freq / accum_iter) * accum_iter
         self.images_per_step, self.start_step = images_per_step, start_step
         self.metrics = MetricLogger()

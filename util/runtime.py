@@ -30,7 +30,8 @@ class Runtime:
         rank, world_size: of this process, and the number of processes.
         num_workers: data-loader workers per process.
         pin_mem: whether the loader uses page-locked memory.
-        effective_batch: images per update on all ranks. This and the rest only in scripts.
+        effective_batch: images per update on all ranks. This and the following are set only
+            in training scripts.
         lr: peak learning rate.
         resume: the checkpoint to continue from, or ''.
         flags: all flags with these values, as stored in checkpoints and starts.txt.

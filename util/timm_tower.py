@@ -243,6 +243,7 @@ def find_timm(
 # weights_only=True. With the environment variable PyTorch refuses to run code all the same. Hub,
 # cache and network raise many exception types.
 def _fetch(name, **kwargs):
+    is_set = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' in os.environ  # by the user, for the whole process
     os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
     try:
         with as_user_error(
@@ -252,7 +253,8 @@ def _fetch(name, **kwargs):
         ):
             return timm.create_model(name, pretrained=True, **kwargs)
     finally:
-        del os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD']
+        if not is_set:
+            del os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD']
 
 
 # load the file ``path``; the head of a CLIP becomes the projection in the file, if any

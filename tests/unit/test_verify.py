@@ -395,3 +395,12 @@ def test_nothing_is_imported(tmp_path):
     (tmp_path / 'x.pth').write_bytes(pickled)
     refused(tmp_path / 'x.pth', 'antigravity.geohash')
     assert 'antigravity' not in sys.modules
+
+
+def test_state_of_another_optimizer():
+    """NAdam keeps a number per parameter besides tensors: its state is accepted."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.NAdam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    verify.check_training_state({'epoch': 0, 'optimizer': optimizer.state_dict()}, optimizer)

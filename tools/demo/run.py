@@ -22,7 +22,7 @@ from util import cli, errors, files
 
 # Everything that the demo writes, and may therefore delete.
 OUTPUTS = """data labeled milan mae linear finetune captions_train.jsonl captions_val.jsonl
-    clip_demo.pth.tar results.json figure.png loss.png results.png
+    clip_demo.pth.tar teacher.json results.json figure.png loss.png results.png
     text_query.png""".split()
 EPOCHS = 2  # of pretraining
 

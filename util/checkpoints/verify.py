@@ -159,7 +159,7 @@ def check_training_state(checkpoint: dict, optimizer: torch.optim.Optimizer) -> 
             value, may_be_number = state.get(name), name == 'step' or name not in required
             if may_be_number and _is_like(torch.zeros(()), value):
                 value = value.item()  # old releases have a number
-            is_number = name == 'step' or may_be_number and isinstance(value, float)
+            is_number = name == 'step' or may_be_number and isinstance(value, int | float)
             pairs.append((f'{name} of parameter {i}', 0.0 if is_number else params[i], value))
     for name, example, value in pairs:
         if not _is_like(example, value) or name.startswith('step of') and value % 1:
@@ -182,4 +182,5 @@ def _is_like(example, value):
         same_length = isinstance(value, tuple | list) and len(value) == len(example)
         return same_length and all(map(_is_like, example, value))
     types = {int: [int], float: [int, float]}.get(type(example), [bool, type(None)])
-    return type(value) in types and min(example or 0, 0) <= (value or 0) < 1e15
+    limit = 1e30 if isinstance(example, float) else 1e9
+    return type(value) in types and min(example or 0, 0) <= (value or 0) < limit

@@ -1,7 +1,7 @@
 """Data loaders: sampling order, sharding, and handling of unreadable images.
 
-To add a data source, write a class like image_folder.ImageFolder and open it in build_dataset of
-util/datasets.py, which also lists the names that --dataset knows: nothing changes here.
+New data sources need no change in this file: write a class like image_folder.ImageFolder, and open
+it in util.datasets.build_dataset.
 """
 
 import os
