@@ -35,7 +35,6 @@ from util.runtime import setup
 from util.seeding import seeded
 
 DEFAULT_BLR = [0.1]  # as published, of the linear probe
-ATTENTIVE_BLR = [5e-4]
 
 PROBING = {
     '--probe': dict(
@@ -73,7 +72,7 @@ def base_rates(probe: str, blr: list[float]) -> list[float]:
         blr: the flag.
     """
     if blr is DEFAULT_BLR and probe == 'attentive':  # this very list, if the flag is not given
-        blr = ATTENTIVE_BLR
+        blr = [5e-4]
     return sorted(set(blr))
 
 

@@ -252,8 +252,9 @@ def main(args: argparse.Namespace) -> None:
     )
     images = None
     if args.vis_every:
-        images = fixed_images(data, build_transform(False, args.input_size), dataset)
-        images = images.to(runtime.device)
+        images = fixed_images(data, build_transform(False, args.input_size), dataset).to(
+            runtime.device
+        )
     begin = time.time()
     for epoch in range(start.epoch, args.epochs):
         data_loader.set_epoch(epoch, start.step_of(epoch))

@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 
 import clip.clip
 from models_released import DRIVE, FILES, fetch
-from util.cli import Parser, run
+from util.cli import Parser, add_flags, run
 from util.errors import refuse
 from util.logs import check_writable
 
@@ -37,22 +37,24 @@ def _print_table():
     )
 
 
+FLAGS = {
+    'names': dict(nargs='*', metavar='NAME', help=', '.join(FILES)),
+    '--output_dir': dict(
+        metavar='DIR',
+        help='default: the working directory, and for CLIP ~/.cache/clip, where '
+        'main_pretrain.py --clip_path finds it by name',
+    ),
+    '--list': dict(
+        action='store_true', help='list the files with size, source and published accuracy'
+    ),
+}
+
+
 def get_args_parser() -> Parser:
     parser = Parser(
         'python -m tools.download', description='Download released weights', allow_abbrev=False
     )
-    parser.add_argument('names', nargs='*', metavar='NAME', help=', '.join(FILES))
-    parser.add_argument(
-        '--output_dir',
-        metavar='DIR',
-        help='default: the working directory, and for CLIP ~/.cache/clip, where '
-        'main_pretrain.py --clip_path finds it by name',
-    )
-    parser.add_argument(
-        '--list',
-        action='store_true',
-        help='list the files with size, source and published accuracy',
-    )
+    add_flags(parser, FLAGS)
     return parser
 
 

@@ -16,7 +16,7 @@ from models_infer import classifier_tensors, infer_arguments
 from util.checkpoints.io import read_weights, save_on_master
 from util.checkpoints.key_names import to_openmmlab
 from util.checkpoints.verify import save_safetensors
-from util.cli import Parser, run
+from util.cli import Parser, add_flags, run
 from util.errors import as_user_error, refuse
 
 # The suffix of a file determines how timm and this repository read it.
@@ -105,27 +105,28 @@ def timm_code(
     )
 
 
+FLAGS = {
+    'checkpoint': dict(
+        metavar='CHECKPOINT',
+        help='any checkpoint that --finetune reads: pretraining, fine-tuning, linear probing',
+    ),
+    '--format': dict(
+        required=True,
+        choices=SUFFIXES,
+        help='timm: for timm.create_model; safetensors: all tensors under our names; '
+        'openmmlab: their names',
+    ),
+    '--output': dict(required=True, metavar='FILE', help='file to write: .pth or .safetensors'),
+}
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(
         'python -m tools.export',
         description='Convert a checkpoint for other projects, and print the code that loads it.',
         allow_abbrev=False,
     )
-    parser.add_argument(
-        'checkpoint',
-        metavar='CHECKPOINT',
-        help='any checkpoint that --finetune reads: pretraining, fine-tuning, linear probing',
-    )
-    parser.add_argument(
-        '--format',
-        required=True,
-        choices=SUFFIXES,
-        help='timm: for timm.create_model; safetensors: all tensors under our names; '
-        'openmmlab: their names',
-    )
-    parser.add_argument(
-        '--output', required=True, metavar='FILE', help='file to write: .pth or .safetensors'
-    )
+    add_flags(parser, FLAGS)
     return parser
 
 

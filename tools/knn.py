@@ -46,15 +46,12 @@ QUERIES = 256  # images compared with all training images at a time: 1.3 GB for 
 # ranks they are those of the rank's share.
 @torch.no_grad()
 def _extract(model, loader, runtime, print_freq, header):
-    with autocast(runtime.device, runtime.amp):
-        batches = [
-            # there may be no images for this process
-            (torch.zeros(0, model.num_features), *torch.zeros(2, 0, dtype=torch.int64)),
-            *(
-                (model(normalize(images.to(runtime.device, non_blocking=True))).cpu(), labels, ids)
-                for images, labels, ids in MetricLogger().log_every(loader, print_freq, header)
-            ),
-        ]
+    # starts with an empty batch, because there may be no images for this process
+    batches = [(torch.zeros(0, model.num_features), *torch.zeros(2, 0, dtype=torch.int64))]
+    for images, labels, ids in MetricLogger().log_every(loader, print_freq, header):
+        with autocast(runtime.device, runtime.amp):
+            features = model(normalize(images.to(runtime.device, non_blocking=True)))
+        batches.append((features.cpu(), labels, ids))
     shares = [batches] * (runtime.world_size if loader.shared and runtime.rank == 0 else 1)
     if loader.shared and runtime.world_size > 1:
         torch.distributed.gather_object(batches, shares if runtime.rank == 0 else None)

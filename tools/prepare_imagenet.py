@@ -14,13 +14,14 @@ import re
 import shutil
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from util.cli import Parser, bounded, run
+from util.cli import Parser, add_flags, bounded, run
 from util.errors import UserError, as_user_error, refuse
 
 WNID = 'n[0-9]{8}'
@@ -47,15 +48,17 @@ WRONG_COUNT = '{} has {}, expected {}; replace it, or pass --counts if that is r
 
 # Return ``path`` if it is a file. Reading a pipe or a device could last forever.
 def _file(flag, path, limit=float('inf')):
-    if not Path(path).is_file() or Path(path).stat().st_size > limit:
-        raise UserError(f'{flag} {path} is not a file, or too large')
+    if not Path(path).is_file():
+        raise UserError(f'{flag} {path} does not exist, or is not a file')
+    if Path(path).stat().st_size > limit:
+        raise UserError(f'{flag} {path} has more than {limit:,} bytes')
     return Path(path)
 
 
 def index(name: str, kind: str, file: BinaryIO | None = None) -> dict[str, tarfile.TarInfo]:
     """Return the files in a tar archive, by their names without folder and ending.
 
-    Folders and hidden files (left by macOS) are left out.
+    Folders and hidden files (which macOS adds) are skipped.
 
     Args:
         name: path of the archive.
@@ -241,8 +244,8 @@ def _lock_folder(folder):
 # Rename FOLDER.part to FOLDER after counting its images; count those of an existing FOLDER.
 def _finish(folder, expected):
     counted = folder if folder.exists() else Path(f'{folder}.part')
-    images = list(counted.glob('*/*.[jJ][pP]*[gG]'))
-    found = COUNT.format(len(images), len({path.parent for path in images}))
+    images = Counter(path.parent.name for path in counted.glob('*/*.[jJ][pP]*[gG]'))
+    found = COUNT.format(images.total(), sum(path.is_dir() for path in counted.glob('*')))
     if found != expected:
         raise UserError(WRONG_COUNT.format(counted, found, expected))
     counted.rename(folder)
@@ -252,36 +255,40 @@ def _finish(folder, expected):
 # ---- the command ----
 
 
-def get_args_parser() -> Parser:
-    parser = Parser('python -m tools.prepare_imagenet', description=__doc__)
-    parser.add_argument(
-        '--train_tar', metavar='FILE', help='ILSVRC2012_img_train.tar; default: train/ is not built'
-    )
-    parser.add_argument(
-        '--val_tar', metavar='FILE', help='ILSVRC2012_img_val.tar; default: val/ is not built'
-    )
-    labels = parser.add_mutually_exclusive_group()
-    labels.add_argument(
-        '--devkit', metavar='FILE', help='labels of val: ILSVRC2012_devkit_t12.tar.gz (needs SciPy)'
-    )
-    labels.add_argument(
-        '--val_labels',
+ARCHIVES = {
+    '--train_tar': dict(
+        metavar='FILE', help='ILSVRC2012_img_train.tar; default: train/ is not built'
+    ),
+    '--val_tar': dict(metavar='FILE', help='ILSVRC2012_img_val.tar; default: val/ is not built'),
+}
+LABELS = {
+    '--devkit': dict(
+        metavar='FILE', help='labels of val: ILSVRC2012_devkit_t12.tar.gz (needs SciPy)'
+    ),
+    '--val_labels': dict(
         metavar='FILE',
         help="labels of val: a text file with lines 'ILSVRC2012_val_00000001.JPEG n01751748'; "
         'the WNID may be replaced by its index among the sorted classes of train, from 0; or '
         'WNIDs only, in the order of the images',
-    )
-    parser.add_argument(
-        '--output_dir', default='imagenet', metavar='DIR', help='where train/ and val/ are built'
-    )
-    parser.add_argument(
-        '--counts',
+    ),
+}
+OUTPUT = {
+    '--output_dir': dict(default='imagenet', metavar='DIR', help='where train/ and val/ are built'),
+    '--counts': dict(
         nargs=3,
         type=bounded(int, 0),
         default=[1000, 1281167, 50000],
         metavar=('CLASSES', 'TRAIN', 'VAL'),
         help='expected counts: classes, training images, validation images',
-    )
+    ),
+}
+
+
+def get_args_parser() -> Parser:
+    parser = Parser('python -m tools.prepare_imagenet', description=__doc__)
+    add_flags(parser, ARCHIVES)
+    add_flags(parser.add_mutually_exclusive_group(), LABELS)
+    add_flags(parser, OUTPUT)
     return parser
 
 

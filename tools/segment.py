@@ -61,13 +61,11 @@ class ImagesAndMasks(torch.utils.data.Dataset):
             for path in images.rglob('*')
             if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
         )
-        refuse(
-            (not self.pairs, f'--data_path: there are no images in {images}'),
-            *(
-                (not mask.is_file(), f'--data_path: {mask} is missing, the mask of {image}')
-                for image, mask in self.pairs
-            ),
-        )
+        if not self.pairs:
+            raise UserError(f'--data_path: there are no images in {images}')
+        for image, mask in self.pairs:
+            if not mask.is_file():
+                raise UserError(f'--data_path: {mask} is missing, the mask of {image}')
         self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(input_size, (0.25, 1.0), interpolation=BICUBIC),
@@ -75,7 +73,7 @@ class ImagesAndMasks(torch.utils.data.Dataset):
                 v2.ToPureTensor(),
             ]
             if split == 'train'
-            # only the image is resized, because a mask that is no tv_tensor is left as it is
+            # only the image is resized, because the mask is not a tv_tensor here
             else [v2.ToPureTensor(), v2.Resize((input_size, input_size), interpolation=BICUBIC)]
         )
 

@@ -292,13 +292,6 @@ FLAGS = {
     ),
     '--device': dict(metavar='DEVICE', help='cuda or cpu; default: cuda if there is a GPU'),
 }
-SWITCHES = {
-    '--use_clip': "model predicts the teacher's features",
-    '--pixel_target': 'model predicts pixels but was masked by a teacher',
-    '--change_decoder': 'model has the prompting decoder',
-    '--attn_mask': 'predict from patches drawn by importance',
-    '--norm_pix_loss': 'model predicts pixels normalized per patch',
-}
 SETTINGS = {
     '--model': dict(choices=MODELS, metavar='NAME', help=', '.join(MODELS)),
     '--input_size': dict(type=bounded(int, 1, 4096), metavar='PIXELS', help='pixels per side'),
@@ -317,7 +310,13 @@ SETTINGS = {
     ),
     **{
         flag: dict(action=argparse.BooleanOptionalAction, help=text)
-        for flag, text in SWITCHES.items()
+        for flag, text in {
+            '--use_clip': "model predicts the teacher's features",
+            '--pixel_target': 'model predicts pixels but was masked by a teacher',
+            '--change_decoder': 'model has the prompting decoder',
+            '--attn_mask': 'predict from patches drawn by importance',
+            '--norm_pix_loss': 'model predicts pixels normalized per patch',
+        }.items()
     },
 }
 

@@ -157,7 +157,7 @@ CHECKPOINTS = {
         default=0,
         type=bounded(int, 0),
         metavar='N',
-        help='first epoch, counted from 0, if the checkpoint of --resume does not tell it',
+        help='first epoch, counted from 0, if the checkpoint of --resume does not have it',
     ),
 }
 PROCESSES = {

@@ -106,7 +106,7 @@ def init_distributed_mode(
         if env.get('GROUP_WORLD_SIZE') == '1':
             # torchrun may hand the store of the dead processes, with their addresses, to those
             # that it restarts. With several nodes the restart counts of the agents differ;
-            # docs/clusters.md tells how to get a new store there.
+            # docs/clusters.md explains how to get a new store there.
             store = dist.PrefixStore(f'restart {env.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
         dist.init_process_group(
             **backend, store=store, world_size=world_size, rank=rank, timeout=timeout
@@ -145,7 +145,7 @@ def main_process_first() -> Iterator[None]:
         dist.barrier()
     try:
         yield
-    finally:  # if rank 0 fails, the others go on and meet the same error
+    finally:  # if rank 0 fails, the others continue and meet the same error
         if get_world_size() > 1 and is_main_process():
             dist.barrier()
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import BinaryIO
 
 from util.errors import UserError, as_user_error, first_line
@@ -34,7 +35,7 @@ def atomic_write(
             _link(temporary, link)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        _remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise UserError(f'{path} could not be written (disk full?): {first_line(e)}') from e
 
 
@@ -42,20 +43,15 @@ def atomic_write(
 def _link(path: str, link: str | os.PathLike) -> None:
     temporary = f'{link}.tmp'
     try:
-        _remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
         try:
             os.link(path, temporary)
         except OSError:
             shutil.copyfile(path, temporary)
         os.replace(temporary, link)
     except OSError as e:
-        _remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise OSError(f'{link}: {first_line(e)}') from e
-
-
-def _remove(path: str) -> None:
-    if os.path.exists(path):
-        os.remove(path)
 
 
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:

@@ -50,7 +50,6 @@ def adjust_learning_rate(
 def _scheduled(peak, epoch, schedule):
     if epoch < schedule.warmup_epochs:
         return peak * epoch / schedule.warmup_epochs
-    length = schedule.epochs - schedule.warmup_epochs
-    progress = (epoch - schedule.warmup_epochs) / length
+    progress = (epoch - schedule.warmup_epochs) / (schedule.epochs - schedule.warmup_epochs)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return schedule.min_lr + (peak - schedule.min_lr) * cosine

@@ -262,12 +262,15 @@ def pca_colors(features: torch.Tensor, like: torch.Tensor | None = None) -> np.n
 def draw_grid(
     cells: dict[tuple[int, int], tuple], width: float, height: float, space: float = 0
 ) -> tuple[object, np.ndarray]:
-    """Draw pictures with texts around them: a matplotlib.figure.Figure, and its axes.
+    """Draw a grid of images with text around each.
 
     Args:
-        cells: {(row, column): (picture, text above, text below, text on the left)}.
+        cells: {(row, column): (image, text above, text below, text on the left)}.
         width, height: of a cell, in inches.
-        space: more width, on the right.
+        space: extra width on the right.
+
+    Returns:
+        The matplotlib.figure.Figure, and its axes.
 
     Raises:
         UserError: if matplotlib is not installed.
@@ -278,10 +281,10 @@ def draw_grid(
     figure = Figure((width * columns + space, height * rows), layout='constrained')
     empty = dict(xticks=[], yticks=[], frame_on=False)
     axes = figure.subplots(rows, columns, squeeze=False, subplot_kw=empty)
-    for place, (picture, *texts) in cells.items():
+    for place, (image, *texts) in cells.items():
         ax = axes[place]
         ax.set_frame_on(True)
-        ax.imshow(picture, interpolation='nearest')
+        ax.imshow(image, interpolation='nearest')
         for write, text in zip((ax.set_title, ax.set_xlabel, ax.set_ylabel), texts):
             write(text, fontsize=10, parse_math=False)  # texts are not formulas
     return figure, axes

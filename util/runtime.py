@@ -77,7 +77,11 @@ def setup(args: argparse.Namespace, *, blr: float | None = None, training: bool 
     batch = args.batch_size * args.accum_iter * run.world_size
     blr = args.blr if blr is None else blr
     lr = absolute_lr(blr, batch) if args.lr is None else args.lr
-    resume = find_resume(args.resume, args.output_dir)
+    resolved = {
+        'effective_batch': batch,
+        'lr': lr,
+        'resume': find_resume(args.resume, args.output_dir),
+    }
     if training:
         describe_batch(args.batch_size, args.accum_iter, run.world_size, lr)
         if args.warmup_epochs >= args.epochs:
@@ -85,7 +89,6 @@ def setup(args: argparse.Namespace, *, blr: float | None = None, training: bool 
                 f'Note: --warmup_epochs {args.warmup_epochs} is not shorter than the run; the '
                 f'learning rate stays below {lr:.3g}'
             )
-    resolved = {'effective_batch': batch, 'lr': lr, 'resume': resume}
     flags = {**vars(args), **vars(run), **resolved, 'device': str(run.device)}
     del flags['flags']
     return replace(run, **resolved, flags=flags)

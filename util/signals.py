@@ -1,4 +1,4 @@
-"""The signals by which a cluster asks a run to end."""
+"""SIGTERM and SIGUSR1, with which a cluster asks a run to end."""
 
 import signal
 import threading

@@ -76,7 +76,7 @@ def test_functions_of_mae(tmp_path):
 def test_resume_within_an_epoch_with_another_batch_size(
     tmp_path, images_per_step, steps_per_epoch, accum_iter, expected
 ):
-    """The run goes on after the last whole update of the images that are done."""
+    """The run continues after the last whole update of the images that are done."""
     checkpointer = Checkpointer(*training(), tmp_path, flags={}, epochs=3, images_per_step=4)
     sums = {'loss': (24, 12.0)}
     checkpointer.save(1, step=24, sums=sums)

@@ -142,10 +142,14 @@ def _train_teacher(out, steps, train, val, device):
 
 # All images in memory, resized (bicubic) to the teacher's size: uint8 [N, 3, SIZE, SIZE].
 def _read_pixels(images):
-    to_tensor, size = torchvision.transforms.PILToTensor(), (models_tiny_clip.SIZE,) * 2
     with as_user_error('--data_path', OSError):
         return torch.stack(
-            [to_tensor(Image.open(path).convert('RGB').resize(size)) for path, _ in images]
+            [
+                torchvision.transforms.functional.pil_to_tensor(
+                    Image.open(path).convert('RGB').resize((models_tiny_clip.SIZE,) * 2)
+                )
+                for path, _ in images
+            ]
         )
 
 

@@ -81,8 +81,8 @@ class Runs:
                 *pretrain_flags(*variant, self.out / 'clip.pth.tar'),
             ],
             'linear': [
-                *'main_linprobe.py --blr 1 4 16 --epochs'.split(),
-                *(self.setting['probe_epochs'], *classifier),
+                *'main_linprobe.py --blr 1 4 16'.split(),
+                *('--epochs', self.setting['probe_epochs'], *classifier),
             ],
             'finetune': [
                 *'main_finetune.py --lr 1e-3 --global_pool --reprob 0 --aa='.split(),

@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -187,6 +188,8 @@ def _log_lines(command, seconds, threads):
         start_new_session=True,
         env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
     ) as process:
+        limit = threading.Timer(seconds + 240, os.killpg, (process.pid, signal.SIGKILL))
+        limit.start()
         found, last, begin = [], '', None
         try:
             for line in process.stdout:
@@ -197,11 +200,12 @@ def _log_lines(command, seconds, threads):
                     if len(found) > 1 and time.perf_counter() - begin >= seconds:
                         break
         finally:
+            limit.cancel()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # including the workers of its loader
     if len(found) < 2:
         raise UserError(
-            f'main_pretrain.py ended before its second log line; its last output: {last}'
+            f'main_pretrain.py ended or hung before its second log line; its last output: {last}'
         )
     return found[1:]
 
@@ -209,17 +213,18 @@ def _log_lines(command, seconds, threads):
 # ---- command ----
 
 
-COUNT = bounded(int, 1)
 FLAGS = {
     'what': dict(choices=['step', 'data', 'train', 'all'], help='what to measure, see above'),
-    '--rounds': dict(type=COUNT, default=5, metavar='N', help='rounds per measurement'),
+    '--rounds': dict(type=bounded(int, 1), default=5, metavar='N', help='rounds per measurement'),
     '--steps': dict(
-        type=COUNT,
+        type=bounded(int, 1),
         default=10 if torch.cuda.is_available() else 2,
         metavar='N',
         help='step: training steps per round',
     ),
-    '--images': dict(type=COUNT, default=512, metavar='N', help='data: images per core and round'),
+    '--images': dict(
+        type=bounded(int, 1), default=512, metavar='N', help='data: images per core and round'
+    ),
     '--seconds': dict(
         type=bounded(float, 0),
         default=60,
@@ -227,7 +232,7 @@ FLAGS = {
         help='train: how long to run after the first log line',
     ),
     '--threads': dict(
-        type=COUNT, default=torch.get_num_threads(), metavar='N', help="PyTorch's threads"
+        type=bounded(int, 1), default=torch.get_num_threads(), metavar='N', help="PyTorch's threads"
     ),
     '--json': dict(metavar='FILE', help='write all figures, the machine, versions and the command'),
 }

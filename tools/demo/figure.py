@@ -16,7 +16,7 @@ from util.checkpoints.io import read_weights
 from util.data.image_file import ImageFile
 
 
-# The cells of panels.draw_grid for rows of (label, pictures, text below each picture).
+# The cells of panels.draw_grid. Each row is (label, images, texts below the images).
 def _cells(rows, titles):
     return {
         (r, c): (picture, '' if r else titles[c], note, '' if c else label)

@@ -75,25 +75,25 @@ def _folders(data, out):
     return ['--data_path', data, '--output_dir', out, '--log_dir', out]
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser('python -m tools.demo.run', description=__doc__)
-    parser.add_argument(
-        '--output_dir',
+FLAGS = {
+    '--output_dir': dict(
         type=Path,
         default='demo_output',
         metavar='DIR',
         help='folder of all files of the demo',
-    )
-    parser.add_argument(
-        '--seed',
-        type=cli.bounded(int, 0, 2**63 - 1),
-        default=0,
-        metavar='N',
-        help='seed of all draws',
-    )
-    parser.add_argument(
-        '--quick', action='store_true', help='few images and steps, to test that everything works'
-    )
+    ),
+    '--seed': dict(
+        type=cli.bounded(int, 0, 2**63 - 1), default=0, metavar='N', help='seed of all draws'
+    ),
+    '--quick': dict(
+        action='store_true', help='few images and steps, to test that everything works'
+    ),
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser('python -m tools.demo.run', description=__doc__)
+    cli.add_flags(parser, FLAGS)
     return parser
 
 

@@ -108,8 +108,12 @@ class Checkpointer:
         links = [os.path.join(self.output_dir, name) for name in names]
         checkpoint = self.contents(epoch)
         if step is not None:
-            within = {'step': step, 'step_images': self.images_per_step, 'sums': sums}
-            checkpoint |= {'epoch': epoch - 1, **within}  # the last complete epoch
+            checkpoint |= {
+                'epoch': epoch - 1,  # the last complete epoch
+                'step': step,
+                'step_images': self.images_per_step,
+                'sums': sums,
+            }
         io.save_on_master(checkpoint, os.path.join(self.output_dir, 'checkpoint-last.pth'), links)
 
     def contents(self, epoch: int) -> dict[str, Any]:
@@ -156,7 +160,7 @@ class Checkpointer:
 
         Args:
             path: the checkpoint; '' begins a new run.
-            start_epoch: the first epoch if the checkpoint does not tell it.
+            start_epoch: the first epoch if the checkpoint does not have it.
             steps_per_epoch, accum_iter: iterations per epoch and per update of this run. After
                 a change of batch size or number of processes, the run resumes after the last
                 whole update that ends before the same image and is not the last of the epoch.
