@@ -7,11 +7,16 @@ runs no test, then starts 6 s sooner.
 import functools
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
+
+# pytest -n keeps all cores busy: more threads per process would only wait for each other.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import torch
 
 from tests.golden.deterministic import load_deterministic
